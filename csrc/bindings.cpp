@@ -1,0 +1,289 @@
+// The only file that knows PyTorch: tensors in, plain descriptors out, through the stable ABI
+// alone.
+//
+// Every op writes into tensors that it is given; flash_attn/_ops.py allocates them and
+// flash_attn/_checks.py has already refused what the descriptors cannot hold.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+
+#include "csrc/cpu/family.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t kDeterministicBit = int64_t{1}
+                                      << 62;  // in rng_state's offset: the mode of the forward pass
+
+fa::DType dtype_of(Tensor const& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return fa::DType::kFloat32;
+    case ScalarType::Half:
+      return fa::DType::kFloat16;
+    case ScalarType::BFloat16:
+      return fa::DType::kBFloat16;
+    default:
+      STD_TORCH_CHECK(false, "flash_attn: the kernels take float32, float16 and bfloat16");
+  }
+}
+
+// (b, s, h, d), or (t, h, d) of a packed batch.
+fa::RowTensor row_tensor(Tensor const& t) {
+  bool const packed = t.dim() == 3;
+  int64_t const first = packed ? 0 : 1;
+  return {t.data_ptr(), packed ? 0 : t.stride(0), t.stride(first), t.stride(first + 1)};
+}
+
+template <class T>
+T* data_or_null(OptionalTensor const& t) {
+  return t.has_value() ? static_cast<T*>(t->data_ptr()) : nullptr;
+}
+
+fa::LayoutParams layout_of(Tensor const& q, Tensor const& k, Tensor const& lse,
+                           OptionalTensor const& cu_seqlens_q, OptionalTensor const& cu_seqlens_k,
+                           OptionalTensor const& seqused_k, OptionalTensor const& leftpad_k,
+                           OptionalTensor const& cache_batch_idx, OptionalTensor const& block_table,
+                           int64_t max_seqlen_q, int64_t max_seqlen_k) {
+  fa::LayoutParams layout;
+  layout.cu_seqlens_q = data_or_null<int32_t>(cu_seqlens_q);
+  layout.cu_seqlens_k = data_or_null<int32_t>(cu_seqlens_k);
+  layout.seqused_k = data_or_null<int32_t>(seqused_k);
+  layout.leftpad_k = data_or_null<int32_t>(leftpad_k);
+  layout.cache_batch_idx = data_or_null<int32_t>(cache_batch_idx);
+  layout.block_table = data_or_null<int32_t>(block_table);
+  layout.b = cu_seqlens_q ? cu_seqlens_q->size(0) - 1 : q.size(0);
+  layout.h_q = q.size(q.dim() - 2);
+  layout.h_kv = k.size(k.dim() - 2);
+  layout.d = q.size(q.dim() - 1);
+  layout.s_q = max_seqlen_q;
+  layout.s_k = max_seqlen_k;
+  if (block_table) {
+    layout.block_table_stride = block_table->stride(0);
+    layout.page_size = k.size(1);
+  }
+  layout.lse_batch_stride = cu_seqlens_q ? 0 : lse.stride(0);
+  layout.lse_head_stride = lse.stride(lse.dim() - 2);
+  return layout;
+}
+
+fa::ScoreParams score_of(OptionalTensor const& alibi_slopes, OptionalTensor const& rng_state,
+                         double softmax_scale, bool causal, int64_t window_left,
+                         int64_t window_right, double softcap, double dropout_p) {
+  fa::ScoreParams score;
+  score.softmax_scale = static_cast<float>(softmax_scale);
+  score.softcap = static_cast<float>(softcap);
+  score.window_left = window_left;
+  score.window_right = causal ? 0 : window_right;
+  score.alibi = data_or_null<float>(alibi_slopes);
+  score.alibi_batch_stride = alibi_slopes && alibi_slopes->dim() == 2 ? alibi_slopes->stride(0) : 0;
+  score.dropout_p = static_cast<float>(dropout_p);
+  if (rng_state) {
+    int64_t const* const state = static_cast<int64_t const*>(rng_state->data_ptr());
+    score.seed = static_cast<uint64_t>(state[0]);
+    score.offset = static_cast<uint64_t>(state[1] & ~kDeterministicBit);
+  }
+  return score;
+}
+
+fa::cpu::Machine torch_threads() {
+  auto const run = [](int64_t num_workers, void (*fn)(void*), void* context) {
+    torch::stable::parallel_for(0, num_workers, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t worker = begin; worker < end; ++worker) fn(context);
+    });
+  };
+  return {run, static_cast<int64_t>(torch::stable::get_num_threads())};
+}
+
+void forward(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, OptionalTensor s_dmask,
+             OptionalTensor partial_out, OptionalTensor partial_max, OptionalTensor partial_sum,
+             OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor seqused_k,
+             OptionalTensor leftpad_k, OptionalTensor cache_batch_idx, OptionalTensor block_table,
+             OptionalTensor alibi_slopes, OptionalTensor rng_state, int64_t max_seqlen_q,
+             int64_t max_seqlen_k, double softmax_scale, bool causal, int64_t window_left,
+             int64_t window_right, double softcap, double dropout_p, int64_t num_splits,
+             bool deterministic) {
+  fa::ForwardParams params;
+  params.dtype = dtype_of(q);
+  params.layout = layout_of(q, k, lse, cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k,
+                            cache_batch_idx, block_table, max_seqlen_q, max_seqlen_k);
+  params.score = score_of(alibi_slopes, rng_state, softmax_scale, causal, window_left, window_right,
+                          softcap, dropout_p);
+  params.plan = {deterministic, num_splits};
+  params.q = row_tensor(q);
+  params.k = row_tensor(k);
+  params.v = row_tensor(v);
+  params.out = row_tensor(out);
+  params.lse = static_cast<float*>(lse.data_ptr());
+  if (s_dmask) {
+    params.s_dmask = s_dmask->data_ptr();
+    params.s_dmask_rows = s_dmask->size(2);
+    params.s_dmask_cols = s_dmask->size(3);
+  }
+  if (partial_out) {
+    params.partials = {data_or_null<float>(partial_out), data_or_null<float>(partial_max),
+                       data_or_null<float>(partial_sum), lse.numel()};
+  }
+  fa::cpu::forward(params, torch_threads());
+}
+
+void backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor dq,
+              Tensor dk, Tensor dv, Tensor delta, OptionalTensor cu_seqlens_q,
+              OptionalTensor cu_seqlens_k, OptionalTensor alibi_slopes, OptionalTensor rng_state,
+              int64_t max_seqlen_q, int64_t max_seqlen_k, double softmax_scale, bool causal,
+              int64_t window_left, int64_t window_right, double softcap, double dropout_p) {
+  fa::BackwardParams params;
+  params.dtype = dtype_of(q);
+  params.layout = layout_of(q, k, lse, cu_seqlens_q, cu_seqlens_k, std::nullopt, std::nullopt,
+                            std::nullopt, std::nullopt, max_seqlen_q, max_seqlen_k);
+  params.score = score_of(alibi_slopes, rng_state, softmax_scale, causal, window_left, window_right,
+                          softcap, dropout_p);
+  params.q = row_tensor(q);
+  params.k = row_tensor(k);
+  params.v = row_tensor(v);
+  params.out = row_tensor(out);
+  params.dout = row_tensor(dout);
+  params.dq = row_tensor(dq);
+  params.dk = row_tensor(dk);
+  params.dv = row_tensor(dv);
+  params.lse = static_cast<float const*>(lse.data_ptr());
+  params.delta = static_cast<float*>(delta.data_ptr());
+  params.delta_head_stride = delta.stride(delta.dim() - 2);
+  params.delta_batch_stride = cu_seqlens_q ? 0 : delta.stride(0);
+  params.delta_sequence_pad = 128;
+  fa::cpu::backward(params, torch_threads());
+}
+
+void append(Tensor q, OptionalTensor q_rotated, Tensor k_new, Tensor v_new, Tensor k_cache,
+            Tensor v_cache, Tensor cache_seqlens, OptionalTensor cache_batch_idx,
+            OptionalTensor block_table, OptionalTensor rotary_cos, OptionalTensor rotary_sin,
+            bool interleaved, bool rotate_by_position) {
+  fa::AppendParams params;
+  params.dtype = dtype_of(q);
+  params.b = q.size(0);
+  params.s_q = q.size(1);
+  params.s_new = k_new.size(1);
+  params.h_q = q.size(2);
+  params.h_kv = k_new.size(2);
+  params.d = q.size(3);
+  params.q = row_tensor(q);
+  params.k_new = row_tensor(k_new);
+  params.v_new = row_tensor(v_new);
+  params.k_cache = row_tensor(k_cache);
+  params.v_cache = row_tensor(v_cache);
+  params.cache_seqlens = static_cast<int32_t const*>(cache_seqlens.data_ptr());
+  params.cache_batch_idx = data_or_null<int32_t>(cache_batch_idx);
+  if (block_table) {
+    params.block_table = data_or_null<int32_t>(block_table);
+    params.block_table_stride = block_table->stride(0);
+    params.page_size = k_cache.size(1);
+  }
+  if (rotary_cos) {
+    params.q_rotated = row_tensor(*q_rotated);
+    params.cos = rotary_cos->data_ptr();
+    params.sin = rotary_sin->data_ptr();
+    params.rotary_dim = 2 * rotary_cos->size(1);
+    params.interleaved = interleaved;
+    params.rotate_by_position = rotate_by_position;
+  }
+  fa::cpu::append(params, torch_threads());
+}
+
+// fields (7): tile rows, tiles, segments of the longest sequence, pieces, split extent (0: the
+// ladder), threads, keys a block. The schedule that forward() would choose.
+void plan(Tensor fields, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
+          OptionalTensor seqused_k, OptionalTensor leftpad_k, int64_t b, int64_t s_q, int64_t s_k,
+          int64_t h_q, int64_t h_kv, int64_t d, int64_t total_q, int64_t num_splits,
+          bool deterministic) {
+  fa::ForwardParams params;
+  params.layout.cu_seqlens_q = data_or_null<int32_t>(cu_seqlens_q);
+  params.layout.cu_seqlens_k = data_or_null<int32_t>(cu_seqlens_k);
+  params.layout.seqused_k = data_or_null<int32_t>(seqused_k);
+  params.layout.leftpad_k = data_or_null<int32_t>(leftpad_k);
+  params.layout.b = b;
+  params.layout.s_q = s_q;
+  params.layout.s_k = s_k;
+  params.layout.h_q = h_q;
+  params.layout.h_kv = h_kv;
+  params.layout.d = d;
+  params.layout.lse_batch_stride = cu_seqlens_q ? 0 : h_q * s_q;
+  params.layout.lse_head_stride = cu_seqlens_q ? total_q : s_q;
+  params.plan = {deterministic, num_splits};
+  int64_t const num_threads = torch_threads().num_threads;
+  fa::cpu::ForwardPlan const chosen = fa::cpu::plan_forward(params, num_threads);
+  int64_t* const field = static_cast<int64_t*>(fields.data_ptr());
+  field[0] = chosen.tile_rows;
+  field[1] = chosen.num_tiles;
+  field[2] = chosen.num_segments;
+  field[3] = chosen.pieces;
+  field[4] = chosen.segmentation.extent;
+  field[5] = num_threads;
+  field[6] = fa::contract::kCpuBlockKeys;
+}
+
+int64_t segment_begin(int64_t segment) { return fa::contract::segment_begin(segment); }
+
+std::string cpu_isa() { return fa::cpu::selected_kernels().isa; }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(flash_attn_native, m) {
+  m.def(
+      "forward(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? s_dmask, "
+      "Tensor(d!)? partial_out, Tensor(e!)? partial_max, Tensor(f!)? partial_sum, Tensor? "
+      "cu_seqlens_q, "
+      "Tensor? cu_seqlens_k, Tensor? seqused_k, Tensor? leftpad_k, Tensor? cache_batch_idx, "
+      "Tensor? block_table, "
+      "Tensor? alibi_slopes, Tensor? rng_state, int max_seqlen_q, int max_seqlen_k, float "
+      "softmax_scale, bool causal, "
+      "int window_left, int window_right, float softcap, float dropout_p, int num_splits, bool "
+      "deterministic) -> ()");
+  m.def(
+      "backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor(a!) dq, "
+      "Tensor(b!) dk, "
+      "Tensor(c!) dv, Tensor(d!) delta, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? "
+      "alibi_slopes, "
+      "Tensor? rng_state, int max_seqlen_q, int max_seqlen_k, float softmax_scale, bool causal, "
+      "int window_left, "
+      "int window_right, float softcap, float dropout_p) -> ()");
+  m.def(
+      "append(Tensor q, Tensor(a!)? q_rotated, Tensor k_new, Tensor v_new, Tensor(b!) k_cache, "
+      "Tensor(c!) v_cache, "
+      "Tensor cache_seqlens, Tensor? cache_batch_idx, Tensor? block_table, Tensor? rotary_cos, "
+      "Tensor? rotary_sin, "
+      "bool interleaved, bool rotate_by_position) -> ()");
+  m.def(
+      "plan(Tensor(a!) fields, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_k, "
+      "Tensor? leftpad_k, "
+      "int b, int s_q, int s_k, int h_q, int h_kv, int d, int total_q, int num_splits, bool "
+      "deterministic) -> ()");
+  m.def("segment_begin(int segment) -> int");
+  m.def("cpu_isa() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flash_attn_native, CPU, m) {
+  m.impl("forward", TORCH_BOX(&forward));
+  m.impl("backward", TORCH_BOX(&backward));
+  m.impl("append", TORCH_BOX(&append));
+  m.impl("plan", TORCH_BOX(&plan));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flash_attn_native, CompositeExplicitAutograd, m) {
+  m.impl("segment_begin", TORCH_BOX(&segment_begin));
+  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+}
+
+// The module itself is empty: importing it loads this library, and loading it registers the ops
+// above.
+PyMODINIT_FUNC PyInit__C(void) {
+  static PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}

@@ -1,0 +1,152 @@
+// The order of arithmetic: what every kernel family, and the Python side, must agree on.
+//
+// A row is one query of one head of one sequence. Its result is a function of the row's own visible
+// keys and of the constants below. Every function here takes properties of one row or of one
+// sequence, and nothing else: a launch's extent, its neighbours and its hardware cannot be passed
+// in, so they cannot reach a bit.
+//
+// Blocks     N consecutive keys (per family, below); the online softmax moves its maximum once a
+// block. Segments   the keys between two neighbours of a fixed, growing ladder of boundaries; the
+// unit that may run elsewhere. Fold       closed segments are combined in ascending order with
+// exact powers of two: one rounding a fold.
+//
+// Key positions count from the sequence's own first key (after left padding).
+// Everything is `static inline`: the file is compiled under several instruction sets and must never
+// be merged.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+namespace fa::contract {
+
+// Keys a block in the CPU family, for every head dim and dtype.
+static constexpr int64_t kCpuBlockKeys = 64;
+
+// Short segments give a short context its parallelism, long ones keep a long context's partials
+// few.
+struct Rung {
+  int64_t first_key;      // where this extent starts to apply
+  int64_t extent;         // keys a segment, a multiple of every family's block
+  int64_t first_segment;  // number of segments below first_key
+};
+static constexpr Rung kLadder[] = {
+    {0, 512, 0},
+    {16384, 1024, 32},
+    {65536, 4096, 32 + 48},
+};
+static constexpr int kNumRungs = sizeof(kLadder) / sizeof(kLadder[0]);
+
+static constexpr bool ladder_is_consistent() {
+  for (int r = 0; r + 1 < kNumRungs; ++r) {
+    int64_t const span = kLadder[r + 1].first_key - kLadder[r].first_key;
+    if (span % kLadder[r].extent != 0) return false;
+    if (kLadder[r].first_segment + span / kLadder[r].extent != kLadder[r + 1].first_segment)
+      return false;
+  }
+  return true;
+}
+static_assert(ladder_is_consistent(),
+              "each rung must start where the one below it ends, on a boundary");
+
+// First key of segment `segment`; segment s covers [segment_begin(s), segment_begin(s + 1)).
+static inline int64_t segment_begin(int64_t segment) {
+  int r = kNumRungs - 1;
+  while (segment < kLadder[r].first_segment) --r;
+  return kLadder[r].first_key + (segment - kLadder[r].first_segment) * kLadder[r].extent;
+}
+
+// The segment that holds key `key`.
+static inline int64_t segment_of(int64_t key) {
+  int r = kNumRungs - 1;
+  while (key < kLadder[r].first_key) --r;
+  return kLadder[r].first_segment + (key - kLadder[r].first_key) / kLadder[r].extent;
+}
+
+// Number of segments that hold a sequence of s_k keys.
+static inline int64_t num_segments(int64_t s_k) { return s_k > 0 ? segment_of(s_k - 1) + 1 : 0; }
+
+struct KeyRange {
+  int64_t begin, end;  // half open; empty when begin >= end
+};
+
+// A row that is NaN has one NaN, whatever instruction made it.
+static inline float canonical_nan() { return std::numeric_limits<float>::quiet_NaN(); }
+
+// The visible set of query `query` of s_q: the mask is aligned to the bottom right, so that the
+// last query sees the last key. A negative left or right is unlimited; causal is right = 0.
+static inline KeyRange visible_keys(int64_t query, int64_t s_q, int64_t s_k, int64_t left,
+                                    int64_t right) {
+  int64_t const diagonal = query + s_k - s_q;
+  KeyRange range{0, s_k};
+  if (left >= 0 && diagonal - left > 0) range.begin = diagonal - left;
+  if (right >= 0 && diagonal + right + 1 < s_k) range.end = diagonal + right + 1;
+  if (range.begin > s_k) range.begin = s_k;
+  if (range.end < range.begin) range.end = range.begin;
+  return range;
+}
+
+// The queries that see any key of [key_begin, key_end), the inverse of visible_keys; a half-open
+// range of [0, s_q).
+static inline KeyRange seeing_queries(int64_t key_begin, int64_t key_end, int64_t s_q, int64_t s_k,
+                                      int64_t left, int64_t right) {
+  int64_t const offset = s_k - s_q;
+  KeyRange range{0, s_q};
+  if (right >= 0 && key_begin - offset - right > 0) range.begin = key_begin - offset - right;
+  if (left >= 0 && key_end - offset + left < s_q) range.end = key_end - offset + left;
+  if (range.begin > s_q) range.begin = s_q;
+  if (range.end < range.begin) range.end = range.begin;
+  return range;
+}
+
+// 2^exponent for -126 <= exponent <= 127, exact.
+static inline float power_of_two(int exponent) {
+  uint32_t const bits = static_cast<uint32_t>(exponent + 127) << 23;
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+// The weight 2^(reference - common) of a partial whose reference lies at or below the common one.
+// Both are integers (or -inf for "saw nothing", NaN for "is NaN already"); anything 2^126 and more
+// below counts as nothing.
+static inline float fold_weight(float reference, float common) {
+  float const difference = reference - common;
+  return difference >= -126.0f ? power_of_two(static_cast<int>(difference)) : 0.0f;
+}
+
+static inline float fold_reference(float left, float right) { return left > right ? left : right; }
+
+// log2(x) for x >= 0, in double, from additions, products and one quotient that are each rounded on
+// their own, so that PyTorch's elementwise float64 arithmetic repeats it to the bit. Series of
+// atanh in (f - 1) / (f + 1) with sqrt(1/2) <= f < sqrt(2): |argument| < 0.1716, and twelve terms
+// leave less than 1e-19.
+static inline double log2_of(double x) {
+  if (!(x > 0.0)) return x == 0.0 ? -std::numeric_limits<double>::infinity() : x;
+  if (x == std::numeric_limits<double>::infinity()) return x;
+  int exponent;
+  double f = std::frexp(x, &exponent);  // [1/2, 1)
+  if (f < 0.70710678118654752440) {
+    f = f * 2.0;
+    exponent -= 1;
+  }
+  double const s = (f - 1.0) / (f + 1.0);
+  double const s2 = s * s;
+  double sum = 0.0;
+  for (int odd = 23; odd >= 1; odd -= 2) sum = sum * s2 + 1.0 / odd;
+  return static_cast<double>(exponent) + (s * sum) * 2.88539008177792681472;  // 2 / ln 2
+}
+
+// Natural log-sum-exp of a finished row: `reference` in log2 units, `sum` relative to it. A row
+// that saw nothing has +inf, so that exp(score - lse) is zero in the backward pass.
+static inline float log_sum_exp(float reference, float sum) {
+  if (sum != sum) return canonical_nan();
+  if (reference == -std::numeric_limits<float>::infinity())
+    return std::numeric_limits<float>::infinity();
+  double const log2_sum = static_cast<double>(reference) + log2_of(static_cast<double>(sum));
+  return static_cast<float>(log2_sum * 0.69314718055994530942);
+}
+
+}  // namespace fa::contract

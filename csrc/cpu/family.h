@@ -1,0 +1,84 @@
+// The CPU family's face to the scheduler: one table of kernels per instruction set, all with the
+// same bits.
+#pragma once
+
+#include <cstdint>
+
+#include "csrc/core/contract.h"
+#include "csrc/core/params.h"
+
+namespace fa::cpu {
+
+// Rows [row_begin, row_begin + num_rows) of one sequence and one key head. The heads of a group are
+// adjacent rows: row r is query r / group of head head_kv * group + r % group.
+struct QueryTile {
+  int64_t batch, head_kv, row_begin, num_rows;
+};
+
+// Keys [key_begin, key_begin + num_keys) of one sequence and one key head.
+struct KeyTile {
+  int64_t batch, head_kv, key_begin, num_keys;
+};
+
+// Where segments end: on the contract's ladder, or (standard mode only) every `extent` keys.
+struct Segmentation {
+  int64_t extent = 0;  // 0: the ladder
+
+  int64_t begin(int64_t segment) const {
+    return extent ? segment * extent : contract::segment_begin(segment);
+  }
+  int64_t of(int64_t key) const { return extent ? key / extent : contract::segment_of(key); }
+  int64_t count(int64_t s_k) const { return s_k > 0 ? of(s_k - 1) + 1 : 0; }
+};
+
+struct KernelTable {
+  char const* isa;
+  int64_t (*workspace_floats)(int64_t num_rows, int64_t d);
+  // Segments [segment_begin, segment_end) of a tile. With `partials` every closed segment is handed
+  // on, else they are folded in ascending order and the rows are finished (then all segments must
+  // be asked for).
+  void (*forward)(ForwardParams const&, QueryTile const&, Segmentation const&,
+                  int64_t segment_begin, int64_t segment_end, PartialBuffers const* partials,
+                  float* workspace);
+  // Folds num_segments partials of a tile in ascending order and finishes its rows.
+  void (*fold)(ForwardParams const&, QueryTile const&, PartialBuffers const&, int64_t num_segments,
+               float* workspace);
+  void (*backward_delta)(BackwardParams const&, QueryTile const&);
+  void (*backward_query)(BackwardParams const&, QueryTile const&, float* workspace);
+  void (*backward_key)(BackwardParams const&, KeyTile const&, float* workspace);
+};
+
+namespace generic {
+KernelTable const& kernels();
+}
+namespace avx2 {
+KernelTable const& kernels();
+}
+namespace avx512 {
+KernelTable const& kernels();
+}
+
+// How a forward pass is cut, as explain() shows it.
+struct ForwardPlan {
+  int64_t tile_rows = 0;  // rows a query tile
+  int64_t num_tiles = 0;
+  int64_t num_segments = 0;  // of the longest sequence
+  int64_t pieces = 1;        // parts that a tile's segments are cut into to run side by side
+  Segmentation segmentation;
+};
+
+// Runs fn(context, task) for tasks 0 .. num_workers - 1, possibly at the same time.
+using RunWorkers = void (*)(int64_t num_workers, void (*fn)(void* context), void* context);
+
+struct Machine {
+  RunWorkers run;
+  int64_t num_threads;
+};
+
+KernelTable const& selected_kernels();
+ForwardPlan plan_forward(ForwardParams const&, int64_t num_threads);
+void forward(ForwardParams const&, Machine const&);
+void backward(BackwardParams const&, Machine const&);
+void append(AppendParams const&, Machine const&);
+
+}  // namespace fa::cpu

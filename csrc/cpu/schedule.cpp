@@ -1,0 +1,197 @@
+// Who computes what, and when: tiles of queries, segments side by side or one after another, on how
+// many threads.
+//
+// In deterministic mode every choice made here is free of consequences for the bits (segments lie
+// on the contract's ladder and are folded in ascending order). In standard mode the number of
+// splits adapts to the batch and to the threads, as it does upstream, and so does their extent.
+#include <cstdlib>
+#include <memory>
+#include <string_view>
+#include <vector>
+
+#include "csrc/core/sequence.h"
+#include "csrc/cpu/family.h"
+#include "csrc/cpu/tasks.h"
+
+namespace fa::cpu {
+namespace {
+
+constexpr int64_t kMaxTileRows =
+    192;  // 192 x 128 fp32 of q, o and the fold: 300 KB, within a second-level cache
+constexpr int64_t kMinTileRows = 48;    // below this, packing keys costs more than idle threads do
+constexpr int64_t kTasksPerThread = 2;  // enough tasks for threads to even out
+constexpr int64_t kMaxPartialFloats =
+    16 * 1024 * 1024;  // 64 MiB of partials; more segments run in sequence instead
+constexpr int64_t kMaxSplits = 128;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+KernelTable const& choose_kernels() {
+  char const* const asked = std::getenv("FLASH_ATTN_CPU_ISA");
+  std::string_view const name = asked ? asked : "";
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  bool const has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                        __builtin_cpu_supports("f16c");
+  bool const has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
+                          __builtin_cpu_supports("avx512vl") &&
+                          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+  if (has_avx512 && (name.empty() || name == "avx512")) return avx512::kernels();
+  if (has_avx2 && (name.empty() || name == "avx2")) return avx2::kernels();
+#endif
+  return generic::kernels();
+}
+
+std::vector<QueryTile> query_tiles(LayoutParams const& layout, int64_t tile_rows) {
+  std::vector<QueryTile> tiles;
+  int64_t const group = layout.h_q / layout.h_kv;
+  for (int64_t b = 0; b < layout.b; ++b) {
+    int64_t const rows = sequence_of(layout, b).s_q * group;
+    // Late queries see more keys under a causal mask: they go first, so that no long task is left
+    // for the end.
+    for (int64_t begin = (ceil_div(rows, tile_rows) - 1) * tile_rows; begin >= 0;
+         begin -= tile_rows) {
+      for (int64_t h = 0; h < layout.h_kv; ++h) {
+        tiles.push_back({b, h, begin, begin + tile_rows < rows ? tile_rows : rows - begin});
+      }
+    }
+  }
+  return tiles;
+}
+
+int64_t count_query_tiles(LayoutParams const& layout, int64_t tile_rows) {
+  int64_t tiles = 0;
+  for (int64_t b = 0; b < layout.b; ++b) {
+    tiles += ceil_div(sequence_of(layout, b).s_q * (layout.h_q / layout.h_kv), tile_rows);
+  }
+  return tiles * layout.h_kv;
+}
+
+int64_t longest_keys(LayoutParams const& layout) {
+  int64_t longest = 0;
+  for (int64_t b = 0; b < layout.b; ++b) {
+    int64_t const s_k = sequence_of(layout, b).s_k;
+    longest = s_k > longest ? s_k : longest;
+  }
+  return longest;
+}
+
+int64_t lse_rows(LayoutParams const& layout) {
+  return layout.cu_seqlens_q ? layout.h_q * layout.lse_head_stride
+                             : layout.b * layout.lse_batch_stride;
+}
+
+int64_t fitting_tile_rows(LayoutParams const& layout, int64_t num_threads) {
+  int64_t tile_rows = kMaxTileRows;
+  while (tile_rows > kMinTileRows &&
+         count_query_tiles(layout, tile_rows) < kTasksPerThread * num_threads) {
+    tile_rows /= 2;
+  }
+  return tile_rows;
+}
+
+}  // namespace
+
+KernelTable const& selected_kernels() {
+  static KernelTable const& kernels = choose_kernels();
+  return kernels;
+}
+
+ForwardPlan plan_forward(ForwardParams const& params, int64_t num_threads) {
+  LayoutParams const& layout = params.layout;
+  ForwardPlan plan;
+  plan.tile_rows = fitting_tile_rows(layout, num_threads);
+  plan.num_tiles = count_query_tiles(layout, plan.tile_rows);
+  int64_t const s_k = longest_keys(layout);
+
+  int64_t wanted = 1;  // pieces that would fill the threads
+  if (plan.num_tiles > 0 && plan.num_tiles < kTasksPerThread * num_threads) {
+    wanted = ceil_div(2 * kTasksPerThread * num_threads, plan.num_tiles);
+  }
+  if (params.plan.num_splits > 0) wanted = params.plan.num_splits;
+
+  if (!params.plan.deterministic) {
+    int64_t const num_blocks = ceil_div(s_k, contract::kCpuBlockKeys);
+    int64_t splits = wanted < kMaxSplits ? wanted : kMaxSplits;
+    splits = splits < num_blocks ? splits : num_blocks;
+    plan.segmentation.extent =
+        ceil_div(num_blocks, splits > 0 ? splits : 1) * contract::kCpuBlockKeys;
+    if (plan.segmentation.extent == 0) plan.segmentation.extent = contract::kCpuBlockKeys;
+  }
+  plan.num_segments = plan.segmentation.count(s_k);
+  plan.pieces = wanted < plan.num_segments ? wanted : plan.num_segments;
+  bool const fits = plan.num_segments * lse_rows(layout) <= kMaxPartialFloats / (layout.d + 2);
+  if (plan.pieces < 1 || !fits || params.s_dmask) plan.pieces = 1;
+  return plan;
+}
+
+void forward(ForwardParams const& params, Machine const& machine) {
+  KernelTable const& kernels = selected_kernels();
+  ForwardPlan const plan = plan_forward(params, machine.num_threads);
+  std::vector<QueryTile> const tiles = query_tiles(params.layout, plan.tile_rows);
+  int64_t const num_tiles = static_cast<int64_t>(tiles.size());
+  int64_t const floats = kernels.workspace_floats(plan.tile_rows, params.layout.d);
+  bool const hands_on = params.partials.out != nullptr;
+
+  if (plan.pieces == 1 && !hands_on) {
+    run_tasks(machine, num_tiles, floats, [&](int64_t i, float* scratch) {
+      kernels.forward(params, tiles[i], plan.segmentation, 0, plan.num_segments, nullptr, scratch);
+    });
+    return;
+  }
+
+  PartialBuffers partials = params.partials;
+  std::unique_ptr<float[]> storage;
+  if (!hands_on) {
+    partials.rows = lse_rows(params.layout);
+    int64_t const count = plan.num_segments * partials.rows;
+    storage = std::make_unique_for_overwrite<float[]>(count * (params.layout.d + 2));
+    partials.out = storage.get();
+    partials.max_log2 = partials.out + count * params.layout.d;
+    partials.sum = partials.max_log2 + count;
+  }
+  run_tasks(machine, num_tiles * plan.pieces, floats, [&](int64_t i, float* scratch) {
+    int64_t const piece = i / num_tiles;
+    int64_t const begin = plan.num_segments * piece / plan.pieces,
+                  end = plan.num_segments * (piece + 1) / plan.pieces;
+    kernels.forward(params, tiles[i % num_tiles], plan.segmentation, begin, end, &partials,
+                    scratch);
+  });
+  if (hands_on) return;
+  run_tasks(machine, num_tiles, floats, [&](int64_t i, float* scratch) {
+    kernels.fold(params, tiles[i], partials, plan.num_segments, scratch);
+  });
+}
+
+void backward(BackwardParams const& params, Machine const& machine) {
+  KernelTable const& kernels = selected_kernels();
+  LayoutParams const& layout = params.layout;
+  int64_t const tile_rows = fitting_tile_rows(layout, machine.num_threads);
+  std::vector<QueryTile> const tiles = query_tiles(layout, tile_rows);
+  int64_t const num_query_tiles = static_cast<int64_t>(tiles.size());
+  std::vector<KeyTile> key_tiles;
+  for (int64_t b = 0; b < layout.b; ++b) {
+    int64_t const s_k = sequence_of(layout, b).s_k;
+    for (int64_t h = 0; h < layout.h_kv; ++h) {
+      for (int64_t begin = 0; begin < s_k;
+           begin += contract::kCpuBlockKeys) {  // early keys are seen by more queries
+        int64_t const left = s_k - begin;
+        key_tiles.push_back(
+            {b, h, begin, left < contract::kCpuBlockKeys ? left : contract::kCpuBlockKeys});
+      }
+    }
+  }
+  int64_t const num_key_tiles = static_cast<int64_t>(key_tiles.size());
+  run_tasks(machine, num_query_tiles, 0,
+            [&](int64_t i, float*) { kernels.backward_delta(params, tiles[i]); });
+  run_tasks(machine, num_query_tiles + num_key_tiles, kernels.workspace_floats(tile_rows, layout.d),
+            [&](int64_t i, float* scratch) {
+              if (i < num_key_tiles) {
+                kernels.backward_key(params, key_tiles[i], scratch);
+              } else {
+                kernels.backward_query(params, tiles[i - num_key_tiles], scratch);
+              }
+            });
+}
+
+}  // namespace fa::cpu

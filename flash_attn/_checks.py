@@ -1,0 +1,277 @@
+"""Which rules hold for which operation: one entry point for each.
+
+The ops call these before they allocate or write anything, so that a refused call leaves caches and
+output buffers as they were. ``_check_rules.py`` holds the rules themselves and all their messages.
+Entry points take the arguments of their operation by upstream's names, and raise RuntimeError.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flash_attn import _check_rules as rules
+from flash_attn._check_rules import device as check_device
+from flash_attn._check_rules import generator_is_none as check_generator_is_none
+from flash_attn._check_rules import gradient_refused as refuse_gradient
+from flash_attn._check_rules import length as check_length
+from flash_attn._check_rules import packed as check_packed
+from flash_attn._check_rules import partials as check_partials
+from flash_attn._check_rules import splits as check_num_splits
+from flash_attn._check_rules import window as check_window
+
+__all__ = [
+    "check_backward",
+    "check_dense",
+    "check_device",
+    "check_generator_is_none",
+    "check_kvcache",
+    "check_length",
+    "check_num_splits",
+    "check_packed",
+    "check_partials",
+    "check_varlen",
+    "check_varlen_backward",
+    "check_window",
+    "refuse_gradient",
+]
+
+# Shapes by their letters, as the messages print them.
+_Q, _K = "b, s_q, h_q, d", "b, s_k, h_kv, d"
+_PACKED_Q, _PACKED_K = "total_q, h_q, d", "total_k, h_kv, d"
+_CACHE, _PAGES = "b_cache, s_cache, h_kv, d", "num_blocks, page_size, h_kv, d"
+
+
+def check_dense(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float,
+    softmax_scale: float | None,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    *,
+    low_level_head_dim: bool,
+    return_softmax: bool,
+) -> None:
+    rules.scalars(dropout_p, softmax_scale, softcap, return_softmax)
+    _check_dense_qkv(q, k, v, "forward", low_level_head_dim)
+    rules.alibi(alibi_slopes, q, q.shape[0])
+
+
+def check_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    dropout_p: float,
+    softmax_scale: float | None,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    rng_state: Tensor | None,
+    *,
+    low_level_head_dim: bool = True,
+) -> None:
+    rules.scalars(dropout_p, softmax_scale, softcap)
+    _check_dense_qkv(q, k, v, "backward", low_level_head_dim)
+    rules.alibi(alibi_slopes, q, q.shape[0])
+    rules.saved_for_backward(q, out, softmax_lse, rng_state, dropout_p)
+    for name, tensor, of in (("dout", dout, q), ("dq", dq, q), ("dk", dk, k), ("dv", dv, v)):
+        rules.gradient(name, tensor, of, q)
+
+
+def _check_dense_qkv(q: Tensor, k: Tensor, v: Tensor, phase: str, low_level: bool) -> None:
+    rules.qkv(q, k, v, _Q, _K)
+    rules.sizes(q.shape[0], q, k, phase, low_level)
+    rules.shape("k", k, _K, (q.shape[0], *k.shape[1:]))
+
+
+def check_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    softmax_scale: float | None,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    block_table: Tensor | None,
+    leftpad_k: Tensor | None,
+    seqused_k: Tensor | None,
+    *,
+    low_level_head_dim: bool,
+    return_softmax: bool,
+) -> None:
+    paged = block_table is not None
+    rules.scalars(dropout_p, softmax_scale, softcap, return_softmax)
+    rules.qkv(q, k, v, _PACKED_Q, _PAGES if paged else _PACKED_K)
+    b = _check_cu_seqlens(q, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    rules.sizes(b, q, k, "forward", low_level_head_dim)
+    rules.alibi(alibi_slopes, q, b)
+    room = k.shape[0]  # keys of the pack, or of one row of the table
+    if block_table is not None:
+        room = rules.block_table(block_table, q, b, k.shape[1], leftpad_k)
+    if leftpad_k is not None:
+        rules.index("leftpad_k", leftpad_k, q, "b", b)
+    if seqused_k is not None:
+        rules.index("seqused_k", seqused_k, q, "b", b)
+    if q.device.type != "cpu":
+        return
+
+    rules.offsets("cu_seqlens_q", cu_seqlens_q, q.shape[0], "max_seqlen_q", max_seqlen_q)
+    # Lengths of the keys. With seqused_k, cu_seqlens_k only says where a sequence starts and how
+    # many keys lie there; in a paged cache it then says nothing, and is not read.
+    keys: Tensor
+    total_k = None if paged else room
+    if seqused_k is None:
+        keys = rules.offsets("cu_seqlens_k", cu_seqlens_k, total_k, "max_seqlen_k", max_seqlen_k)
+    else:
+        keys = seqused_k
+        what, rule = "seqused_k is out of range", f"0 <= seqused_k <= {max_seqlen_k=}"
+        rules.in_range("seqused_k", keys, max_seqlen_k, what, rule)
+        if total_k is not None:
+            in_pack = rules.offsets("cu_seqlens_k", cu_seqlens_k, total_k, "total_k", total_k)
+            rules.at_most("seqused_k", keys, in_pack, "seqused_k <= keys of the sequence")
+    if leftpad_k is not None:
+        rules.at_most("leftpad_k", leftpad_k, keys, "0 <= leftpad_k <= keys of the sequence")
+    if block_table is not None:
+        what = "a sequence exceeds the capacity of block_table"
+        rule = f"at most max_blocks * page_size = {room} keys"
+        rules.in_range("keys", keys, room, what, rule)
+        rules.pages(block_table, k.shape[0], k.shape[1], keys)
+
+
+def check_varlen_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    softmax_scale: float | None,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    rng_state: Tensor | None,
+    *,
+    low_level_head_dim: bool = True,
+) -> None:
+    rules.scalars(dropout_p, softmax_scale, softcap)
+    rules.qkv(q, k, v, _PACKED_Q, _PACKED_K)
+    b = _check_cu_seqlens(q, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    rules.sizes(b, q, k, "backward", low_level_head_dim)
+    rules.alibi(alibi_slopes, q, b)
+    rules.saved_for_backward(q, out, softmax_lse, rng_state, dropout_p)
+    for name, tensor, of in (("dout", dout, q), ("dq", dq, q), ("dk", dk, k), ("dv", dv, v)):
+        rules.gradient(name, tensor, of, q)
+    if q.device.type == "cpu":
+        rules.offsets("cu_seqlens_q", cu_seqlens_q, q.shape[0], "max_seqlen_q", max_seqlen_q)
+        rules.offsets("cu_seqlens_k", cu_seqlens_k, k.shape[0], "max_seqlen_k", max_seqlen_k)
+
+
+def _check_cu_seqlens(
+    q: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int
+) -> int:
+    """Metadata of the offsets of a pack; returns the number of sequences."""
+    check_length("max_seqlen_q", max_seqlen_q)
+    check_length("max_seqlen_k", max_seqlen_k)
+    rules.index("cu_seqlens_q", cu_seqlens_q, q, "b + 1", None)
+    rules.index("cu_seqlens_k", cu_seqlens_k, q, "b + 1", cu_seqlens_q.shape[0])
+    return cu_seqlens_q.shape[0] - 1
+
+
+def check_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
+    cache_seqlens: Tensor | int | None,
+    cache_batch_idx: Tensor | None,
+    cache_leftpad: Tensor | None,
+    block_table: Tensor | None,
+    softmax_scale: float | None,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    num_splits: int,
+    *,
+    rotate_q_rows: bool = True,
+) -> None:
+    """``rotate_q_rows``: query row i is rotated to position cache_seqlens + i (causal or local
+    attention), instead of all rows to cache_seqlens."""
+    rules.scalars(0.0, softmax_scale, softcap)
+    check_num_splits(num_splits)
+    paged = block_table is not None
+    rules.qkv(q, k_cache, v_cache, _Q, _PAGES if paged else _CACHE, suffix="_cache")
+    b, s_q = q.shape[:2]
+    rules.sizes(b, q, k_cache, "forward", low_level=False)
+    rules.alibi(alibi_slopes, q, b)
+    rules.cache_rows(cache_batch_idx, k_cache, b, paged)
+    page_size = k_cache.shape[1]  # without a block_table a sequence has a single page, its row
+    home, capacity = "k_cache", page_size
+    if block_table is not None:
+        home = "block_table"
+        capacity = rules.block_table(block_table, q, b, page_size, cache_leftpad)
+    if isinstance(cache_seqlens, Tensor):
+        rules.index("cache_seqlens", cache_seqlens, q, "b", b)
+    if cache_batch_idx is not None:
+        rules.index("cache_batch_idx", cache_batch_idx, q, "b", b)
+    if cache_leftpad is not None:
+        rules.index("cache_leftpad", cache_leftpad, q, "b", b)
+    s_new = rules.new_keys(q, k, v, k_cache.shape[2], cache_seqlens, capacity)
+    rules.rotary(q, k, rotary_cos, rotary_sin, capacity)
+    if q.device.type != "cpu":
+        return
+
+    starts = capacity if cache_seqlens is None else cache_seqlens  # where an append would go
+    longest = rules.cache_lengths(starts, s_new, capacity, home)
+    if cache_batch_idx is not None:
+        last = k_cache.shape[0] - 1
+        what = "cache_batch_idx names a row outside the cache"
+        rules.in_range("cache_batch_idx", cache_batch_idx, last, what, f"0 <= row <= {last}")
+    if cache_leftpad is not None:
+        rule = "0 <= cache_leftpad <= keys of the sequence, new ones included"
+        rules.at_most("cache_leftpad", cache_leftpad, starts + s_new, rule)
+    if block_table is not None:
+        keys = starts + s_new if s_new else starts
+        rules.pages(block_table, k_cache.shape[0], page_size, keys)
+    if s_new and _is_deterministic():
+        if cache_batch_idx is not None:
+            rules.append_places("cache_batch_idx", cache_batch_idx)
+        elif block_table is not None:
+            places = _append_places(block_table, starts, s_new, page_size)
+            rules.append_places("block_table", places)
+    if rotary_cos is not None:
+        rotated = s_q if rotate_q_rows else min(s_q, 1)
+        rules.rotary_reach(rotary_cos, longest + rotated - 1)
+
+
+def _is_deterministic() -> bool:
+    from flash_attn.determinism import is_deterministic  # here, since that module imports this one
+
+    return is_deterministic()
+
+
+def _append_places(block_table: Tensor, starts: Tensor | int, s_new: int, page_size: int) -> Tensor:
+    """Cache rows, counted through all pages, that the new keys go to: (b * s_new,)."""
+    positions = torch.as_tensor(starts, dtype=torch.int64).reshape(-1, 1) + torch.arange(s_new)
+    positions = positions.expand(block_table.shape[0], s_new)
+    pages = block_table.to(torch.int64).gather(1, positions // page_size)
+    return (pages * page_size + positions % page_size).flatten()

@@ -1,0 +1,347 @@
+"""Calls into the native library: allocates results and hands plain tensors to the kernels.
+
+Everything here runs eagerly on real tensors whose contents ``_checks.py`` has already accepted.
+Letters: b batch, s_q queries, s_k keys, h_q query heads, h_kv key heads, d head dim, t tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flash_attn import _C  # noqa: F401  importing the library registers its ops
+
+_library = torch.ops.flash_attn_native
+
+# In rng_state's offset: the forward pass ran in deterministic mode. Offsets stay below it.
+DETERMINISTIC_BIT = 1 << 62
+
+# softmax_d and S_dmask are padded to this many rows, as callers of the low-level ops expect.
+ROW_PADDING = 128
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The smallest multiple of ``multiple`` that is not below ``value``."""
+    return (value + multiple - 1) // multiple * multiple
+
+
+def contiguous_columns(x: Tensor) -> Tensor:
+    """``x`` itself when its last dimension is contiguous, else a contiguous copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the sequences of a batch lie; all fields absent: a dense batch. int32 tensors."""
+
+    cu_seqlens_q: Tensor | None = None  # (b + 1,)
+    cu_seqlens_k: Tensor | None = None  # (b + 1,)
+    max_seqlen_q: int | None = None
+    max_seqlen_k: int | None = None
+    seqused_k: Tensor | None = None  # (b,) keys in use, left padding included
+    leftpad_k: Tensor | None = None  # (b,)
+    cache_batch_idx: Tensor | None = None  # (b,)
+    block_table: Tensor | None = None  # (b, max_pages)
+
+    def lengths(self, q: Tensor, k: Tensor) -> tuple[int, int]:
+        """Largest (s_q, s_k) of the batch: given, or read off dense tensors."""
+        s_q = q.shape[1] if self.max_seqlen_q is None else self.max_seqlen_q
+        if self.max_seqlen_k is not None:
+            return s_q, self.max_seqlen_k
+        if self.block_table is not None:
+            return s_q, self.block_table.shape[1] * k.shape[1]
+        return s_q, k.shape[1]
+
+    def contiguous(self) -> Packing:
+        """Index tensors as the kernels read them: one entry after another."""
+
+        def dense(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.contiguous()
+
+        return Packing(
+            dense(self.cu_seqlens_q),
+            dense(self.cu_seqlens_k),
+            self.max_seqlen_q,
+            self.max_seqlen_k,
+            dense(self.seqused_k),
+            dense(self.leftpad_k),
+            dense(self.cache_batch_idx),
+            None if self.block_table is None else contiguous_columns(self.block_table),
+        )
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What a score is made of; the same for every row of a call."""
+
+    softmax_scale: float
+    causal: bool = False
+    window_left: int = -1
+    window_right: int = -1
+    softcap: float = 0.0
+    alibi_slopes: Tensor | None = None  # (h_q,) or (b, h_q), fp32
+    dropout_p: float = 0.0
+
+
+DENSE = Packing()
+
+
+def lse_shape(q: Tensor, packing: Packing) -> tuple[int, ...]:
+    """(b, h_q, s_q), or (h_q, t) of a packed batch."""
+    if packing.cu_seqlens_q is None:
+        return (q.shape[0], q.shape[2], q.shape[1])
+    return (q.shape[1], q.shape[0])
+
+
+def s_dmask_shape(q: Tensor, k: Tensor, packing: Packing) -> tuple[int, int, int, int]:
+    """(b, h_q, s_q, s_k) with both lengths rounded up to 128."""
+    s_q, s_k = packing.lengths(q, k)
+    b = q.shape[0] if packing.cu_seqlens_q is None else packing.cu_seqlens_q.shape[0] - 1
+    return (b, q.shape[-2], round_up(s_q, ROW_PADDING), round_up(s_k, ROW_PADDING))
+
+
+def softmax_d_shape(q: Tensor, packing: Packing) -> tuple[int, ...]:
+    """(b, h_q, s_q rounded up to 128), or (h_q, t + 128 b) of a packed batch."""
+    if packing.cu_seqlens_q is None:
+        return (q.shape[0], q.shape[2], round_up(q.shape[1], ROW_PADDING))
+    return (q.shape[1], q.shape[0] + ROW_PADDING * (packing.cu_seqlens_q.shape[0] - 1))
+
+
+def new_rng_state(dropout_p: float, deterministic: bool, device: torch.device) -> Tensor:
+    """int64 (2,): the seed and offset of this call's dropout, and its mode in bit 62 of the offset.
+
+    Both are drawn from PyTorch's default CPU generator, so ``torch.manual_seed`` fixes the mask.
+    """
+    state = torch.zeros(2, dtype=torch.int64)
+    if dropout_p > 0.0:
+        state = torch.randint(0, DETERMINISTIC_BIT, (2,), dtype=torch.int64)
+    if deterministic:
+        state[1] |= DETERMINISTIC_BIT
+    return state.to(device)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scoring: Scoring,
+    packing: Packing = DENSE,
+    *,
+    deterministic: bool,
+    return_softmax: bool = False,
+    num_splits: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out as q, softmax_lse fp32, S_dmask (empty unless asked for), rng_state."""
+    q, k, v = contiguous_columns(q), contiguous_columns(k), contiguous_columns(v)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(lse_shape(q, packing), dtype=torch.float32, device=q.device)
+    s_dmask = torch.zeros(
+        s_dmask_shape(q, k, packing) if return_softmax else (0,), dtype=q.dtype, device=q.device
+    )
+    rng_state = new_rng_state(scoring.dropout_p, deterministic, q.device)
+    _call_forward(
+        (q, k, v, out, lse, s_dmask if return_softmax else None, None, None, None),
+        scoring,
+        packing,
+        rng_state,
+        num_splits,
+        deterministic,
+    )
+    return out, lse, s_dmask, rng_state
+
+
+def forward_partials(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scoring: Scoring,
+    packing: Packing,
+    *,
+    deterministic: bool,
+    num_splits: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One partial per segment and row, rows in the order of lse: out (n, *lse, d), max_log2 and sum (n, *lse)."""
+    q, k, v = contiguous_columns(q), contiguous_columns(k), contiguous_columns(v)
+    n = plan(q, k, packing, deterministic=deterministic, num_splits=num_splits).num_segments
+    rows = lse_shape(q, packing)
+    out = torch.empty((n, *rows, q.shape[-1]), dtype=torch.float32, device=q.device)
+    max_log2 = torch.empty((n, *rows), dtype=torch.float32, device=q.device)
+    total = torch.empty_like(max_log2)
+    unused_out, lse = q, torch.empty(rows, dtype=torch.float32, device=q.device)
+    _call_forward(
+        (q, k, v, unused_out, lse, None, out, max_log2, total),
+        scoring,
+        packing,
+        None,
+        num_splits,
+        deterministic,
+    )
+    return out, max_log2, total
+
+
+def _call_forward(
+    tensors: tuple[Tensor | None, ...],
+    scoring: Scoring,
+    packing: Packing,
+    rng_state: Tensor | None,
+    num_splits: int,
+    deterministic: bool,
+) -> None:
+    q, k = tensors[0], tensors[1]
+    assert q is not None and k is not None
+    s_q, s_k = packing.lengths(q, k)
+    packing = packing.contiguous()
+    _library.forward(
+        *tensors,
+        packing.cu_seqlens_q,
+        packing.cu_seqlens_k,
+        packing.seqused_k,
+        packing.leftpad_k,
+        packing.cache_batch_idx,
+        packing.block_table,
+        scoring.alibi_slopes,
+        rng_state,
+        s_q,
+        s_k,
+        scoring.softmax_scale,
+        scoring.causal,
+        scoring.window_left,
+        scoring.window_right,
+        scoring.softcap,
+        scoring.dropout_p,
+        num_splits,
+        deterministic,
+    )
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    scoring: Scoring,
+    packing: Packing,
+    rng_state: Tensor | None,
+) -> Tensor:
+    """Writes dq, dk, dv and returns softmax_d, the row sums of dout * out (fp32).
+
+    One order of arithmetic serves both modes: it costs nothing here, so standard mode keeps it.
+    """
+    inputs = [contiguous_columns(x) for x in (dout, q, k, v, out)]
+    gradients = [contiguous_columns(x) for x in (dq, dk, dv)]
+    softmax_d = torch.zeros(softmax_d_shape(q, packing), dtype=torch.float32, device=q.device)
+    s_q, s_k = packing.lengths(q, k)
+    packing = packing.contiguous()
+    _library.backward(
+        *inputs,
+        softmax_lse.contiguous(),
+        *gradients,
+        softmax_d,
+        packing.cu_seqlens_q,
+        packing.cu_seqlens_k,
+        scoring.alibi_slopes,
+        rng_state,
+        s_q,
+        s_k,
+        scoring.softmax_scale,
+        scoring.causal,
+        scoring.window_left,
+        scoring.window_right,
+        scoring.softcap,
+        scoring.dropout_p,
+    )
+    for asked, written in zip((dq, dk, dv), gradients, strict=True):
+        if asked is not written:
+            asked.copy_(written)
+    return softmax_d
+
+
+def append(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor,
+    packing: Packing,
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
+    *,
+    interleaved: bool,
+    rotate_by_position: bool,
+) -> Tensor:
+    """Writes the new keys (rotated) and values into the cache; returns q, rotated when cos is given."""
+    q, k, v = contiguous_columns(q), contiguous_columns(k), contiguous_columns(v)
+    rotated = None if rotary_cos is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    packing = packing.contiguous()
+    _library.append(
+        q,
+        rotated,
+        k,
+        v,
+        k_cache,
+        v_cache,
+        cache_seqlens.contiguous(),
+        packing.cache_batch_idx,
+        packing.block_table,
+        rotary_cos,
+        rotary_sin,
+        interleaved,
+        rotate_by_position,
+    )
+    return q if rotated is None else rotated
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The schedule of a forward call; in deterministic mode none of it can change a bit."""
+
+    tile_rows: int  # rows (queries x heads of a group) that share a tile
+    num_tiles: int
+    num_segments: int  # of the longest sequence
+    pieces: int  # parts of a tile's segments that run side by side
+    split_extent: int  # keys a split in standard mode; 0: the contract's ladder
+    num_threads: int
+    block: int  # N, keys a block
+
+
+def plan(q: Tensor, k: Tensor, packing: Packing, *, deterministic: bool, num_splits: int) -> Plan:
+    """The schedule that ``forward`` would choose for these tensors (their contents are not read)."""
+    s_q, s_k = packing.lengths(q, k)
+    b = q.shape[0] if packing.cu_seqlens_q is None else packing.cu_seqlens_q.shape[0] - 1
+    fields = torch.zeros(7, dtype=torch.int64)
+    packing = packing.contiguous()
+    _library.plan(
+        fields,
+        packing.cu_seqlens_q,
+        packing.cu_seqlens_k,
+        packing.seqused_k,
+        packing.leftpad_k,
+        b,
+        s_q,
+        s_k,
+        q.shape[-2],
+        k.shape[-2],
+        q.shape[-1],
+        q.shape[0],
+        num_splits,
+        deterministic,
+    )
+    return Plan(*fields.tolist())
+
+
+def segment_begin(segment: int) -> int:
+    """First key of a segment of the contract's ladder."""
+    return int(_library.segment_begin(segment))
+
+
+def cpu_isa() -> str:
+    """The instruction set that the CPU kernels run on here: avx512, avx2 or generic."""
+    return str(_library.cpu_isa())

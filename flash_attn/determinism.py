@@ -1,0 +1,277 @@
+"""The switch, and what lies behind it: segments, their partials, and the reduction in plain PyTorch.
+
+In deterministic mode a row's bits depend on nothing but the row: SOLUTION.md says how. The mode is, in this order,
+
+1. what the innermost ``with deterministic():`` of this thread or task says;
+2. on, when ``torch.use_deterministic_algorithms(True)`` is in force;
+3. what ``set_deterministic`` was last told, in any thread of this process;
+4. on, when the environment variable FLASH_ATTENTION_DETERMINISTIC is 1.
+
+It is read when an op runs. A call's own ``deterministic=True`` turns it on for that call.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from flash_attn import _checks, _native
+from flash_attn._native import Packing, Scoring
+
+if TYPE_CHECKING:
+    from flash_attn.verification import Report
+
+ENVIRONMENT_VARIABLE = "FLASH_ATTENTION_DETERMINISTIC"
+
+_process_default: bool | None = None
+_override: ContextVar[bool | None] = ContextVar("flash_attn_deterministic", default=None)
+
+
+def set_deterministic(enabled: bool) -> None:
+    """Turns determinism on or off for the whole process; ``with deterministic():`` takes precedence."""
+    global _process_default
+    _process_default = bool(enabled)
+
+
+def is_deterministic() -> bool:
+    """Whether a call made here and now, by this thread, would be deterministic."""
+    override = _override.get()
+    if override is not None:
+        return override
+    if torch.are_deterministic_algorithms_enabled():
+        return True
+    if _process_default is not None:
+        return _process_default
+    return os.environ.get(ENVIRONMENT_VARIABLE, "0").strip().lower() in ("1", "true", "on", "yes")
+
+
+@contextmanager
+def deterministic(enabled: bool = True) -> Iterator[None]:
+    """Determinism on (or off) inside the block, for this thread or asyncio task only."""
+    token = _override.set(bool(enabled))
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+@dataclass(frozen=True)
+class Partials:
+    """A forward call cut at its segments: one softmax state per segment and row.
+
+    Attributes:
+        out: fp32 (n_segments, *q.shape), sums of p v, relative to max_log2 and not normalised.
+        max_log2: fp32 (n_segments, *softmax_lse.shape), the reference of the state: an integer, in log2 units;
+            -inf where the row sees nothing of the segment.
+        sum: fp32, as max_log2: the sum of p, relative to max_log2.
+    """
+
+    out: Tensor
+    max_log2: Tensor
+    sum: Tensor
+
+
+def forward_partials(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    block_table: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
+    num_splits: int = 0,
+) -> Partials:
+    """The split partials of a forward call, before they are folded.
+
+    Dense with q (b, s_q, h_q, d); packed with q (t, h_q, d), cu_seqlens and max_seqlen as in
+    ``flash_attn_varlen_func``. In deterministic mode the segments are the contract's, whatever ``num_splits`` says;
+    in standard mode they are the splits that the call would be cut into.
+    """
+    left, right = _checks.check_window(window_size)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    packing = _native.DENSE
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        _checks.check_dense(
+            *(q, k, v, 0.0, scale, softcap, alibi_slopes),
+            low_level_head_dim=False,
+            return_softmax=False,
+        )
+    else:
+        s_q = _checks.check_length("max_seqlen_q", max_seqlen_q)
+        s_k = _checks.check_length("max_seqlen_k", max_seqlen_k)
+        _checks.check_varlen(
+            *(q, k, v, cu_seqlens_q, cu_seqlens_k, s_q, s_k, 0.0, scale, softcap, alibi_slopes),
+            *(block_table, leftpad_k, seqused_k),
+            low_level_head_dim=False,
+            return_softmax=False,
+        )
+        packing = Packing(
+            cu_seqlens_q, cu_seqlens_k, s_q, s_k, seqused_k, leftpad_k, block_table=block_table
+        )
+    out, max_log2, total = _native.forward_partials(
+        q,
+        k,
+        v,
+        Scoring(scale, causal, left, right, softcap, alibi_slopes),
+        packing,
+        deterministic=is_deterministic(),
+        num_splits=num_splits,
+    )
+    return Partials(_rows_like_q(out), max_log2, total)
+
+
+def _rows_like_q(x: Tensor) -> Tensor:
+    """(..., h, s, d), the order of lse's rows, as (..., s, h, d), the order of q's; and back."""
+    return x.transpose(-2, -3)
+
+
+def reduce_partials(partials: Partials, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Folds partials in ascending order with PyTorch's elementwise arithmetic, bit for bit as the kernels do.
+
+    References are integers in log2 units, so weights are powers of two, every product is exact, and a fold rounds
+    once: M' = max(M1, M2); O = O1 2^(M1 - M') + O2 2^(M2 - M'), the same for the sums. A partial whose reference lies
+    more than 126 below the other's counts as nothing.
+
+    Returns:
+        out in ``dtype``, shaped as q; softmax_lse, fp32, natural log, +inf where a row sees nothing.
+    """
+    _checks.check_partials(partials.out, partials.max_log2, partials.sum, dtype)
+    parts = _rows_like_q(partials.out)
+    reference = partials.max_log2.new_full(partials.max_log2.shape[1:], -torch.inf)
+    total = torch.zeros_like(reference)
+    out = parts.new_zeros(parts.shape[1:])
+    for part, part_reference, part_sum in zip(parts, partials.max_log2, partials.sum, strict=True):
+        common = torch.where(reference > part_reference, reference, part_reference)
+        mine, theirs = _weight(reference - common), _weight(part_reference - common)
+        out = out * mine[..., None] + part * theirs[..., None]
+        total = total * mine + part_sum * theirs
+        reference = common
+    divisor = torch.where(total == 0, 1.0, total)
+    rows = out / divisor[..., None] + 0.0  # + 0 gives every zero the same sign
+    return _rows_like_q(rows).to(dtype).contiguous(), _log_sum_exp(reference, total)
+
+
+def _weight(difference: Tensor) -> Tensor:
+    """2^difference for integers down to -126, built from its bits; zero below and for NaN."""
+    exponent = difference.nan_to_num(-126.0).clamp(min=-126.0).to(torch.int32)
+    exact = ((exponent + 127) << 23).view(torch.float32)
+    return torch.where(difference >= -126.0, exact, 0.0)
+
+
+def _log_sum_exp(reference: Tensor, total: Tensor) -> Tensor:
+    """(reference + log2 total) ln 2 in float64, operation for operation as csrc/core/contract.h."""
+    fraction, exponent = torch.frexp(total.double())
+    low = fraction < 0.70710678118654752440
+    fraction = torch.where(low, fraction * 2.0, fraction)
+    exponent = exponent.double() - low.double()
+    s = (fraction - 1.0) / (fraction + 1.0)
+    square = s * s
+    series = torch.zeros_like(s)
+    for odd in range(23, 0, -2):
+        series = series * square + 1.0 / odd
+    log2_total = exponent + (s * series) * 2.88539008177792681472
+    log2_total = torch.where(torch.isinf(total), total.double(), log2_total)
+    lse = ((reference.double() + log2_total) * 0.69314718055994530942).float()
+    lse = torch.where(reference == -torch.inf, torch.inf, lse)
+    return torch.where(torch.isnan(total), torch.nan, lse)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What fixes a call's bits (family, block, boundaries), and the schedule that was free to be chosen."""
+
+    family: str
+    instruction_set: str
+    deterministic: bool
+    block: int
+    boundaries: list[int]
+    tile_rows: int
+    num_tiles: int
+    parallel_pieces: int
+    num_threads: int
+
+    def __str__(self) -> str:
+        mode = "deterministic" if self.deterministic else "standard"
+        where = (
+            "the contract's ladder"
+            if self.deterministic
+            else "chosen for this batch and these threads"
+        )
+        shown = [str(x) for x in self.boundaries]
+        if len(shown) > 12:
+            shown = [*shown[:6], "...", *shown[-5:]]
+        return "\n".join(
+            [
+                f"family      {self.family} ({self.instruction_set}), {mode} mode",
+                "fixes the bits",
+                f"  block     {self.block} keys",
+                f"  segments  {len(self.boundaries) - 1}, {where}: {', '.join(shown)}",
+                "free schedule" if self.deterministic else "schedule",
+                f"  tiles     {self.num_tiles} of up to {self.tile_rows} rows, on {self.num_threads} threads",
+                f"  segments  in {self.parallel_pieces} piece(s) side by side",
+            ]
+        )
+
+
+def explain(
+    s_q: int,
+    s_k: int,
+    h_q: int,
+    h_kv: int,
+    d: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    b: int = 1,
+    device: torch.device | str = "cpu",
+    deterministic: bool | None = None,
+    num_splits: int = 0,
+) -> Explanation:
+    """How a dense call of this shape would be computed; ``print`` it.
+
+    Args:
+        deterministic: None takes the mode in force here.
+    """
+    _checks.check_device(torch.device(device))
+    mode = is_deterministic() if deterministic is None else deterministic
+    q = torch.empty((b, s_q, h_q, d), dtype=dtype, device="meta")
+    k = torch.empty((b, s_k, h_kv, d), dtype=dtype, device="meta")
+    plan = _native.plan(q, k, _native.DENSE, deterministic=mode, num_splits=num_splits)
+    extent = plan.split_extent
+    boundaries = [
+        segment * extent if extent else _native.segment_begin(segment)
+        for segment in range(plan.num_segments + 1)
+    ]
+    return Explanation(
+        family="cpu",
+        instruction_set=_native.cpu_isa(),
+        deterministic=mode,
+        block=plan.block,
+        boundaries=boundaries,
+        tile_rows=plan.tile_rows,
+        num_tiles=plan.num_tiles,
+        parallel_pieces=plan.pieces,
+        num_threads=plan.num_threads,
+    )
+
+
+def verify(*arguments: Any, **options: Any) -> Report:
+    """Runs the metamorphic suite on shapes of your own: see ``flash_attn.verification.verify``."""
+    from flash_attn import verification
+
+    return verification.verify(*arguments, **options)

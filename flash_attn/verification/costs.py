@@ -1,0 +1,192 @@
+"""What determinism costs: time and peak memory of both modes, with PyTorch's attention beside.
+
+The reference points are memory at (b=4, s=2048, h=32, d=64) and time at (b=8, s=4096, h=32, d=64),
+causal. A CPU gets them scaled down in batch and heads, which changes neither ratio: every head does
+the same work.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import determinism
+from .. import flash_attn_interface as interface
+
+MODES = ("standard", "deterministic", "pytorch")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A causal self-attention problem: q, k, v (b, s, h, d)."""
+
+    b: int
+    s: int
+    h: int
+    d: int
+
+    def __str__(self) -> str:
+        return f"(b={self.b}, s={self.s}, h={self.h}, d={self.d})"
+
+
+MEMORY_POINT = Shape(b=4, s=2048, h=32, d=64)
+TIME_POINT = Shape(b=8, s=4096, h=32, d=64)
+DECODE_POINT = Shape(b=1, s=16384, h=32, d=64)  # one query against s keys: where splitting matters
+
+
+def scaled(point: Shape, effort: str, device: str) -> Shape:
+    """The point itself on a GPU and for "full"; else with fewer sequences and heads."""
+    if torch.device(device).type == "cuda" or effort == "full":
+        return point
+    return replace(point, b=1, h=2 if effort == "quick" else 8)
+
+
+def time_rows(effort: str, device: str) -> list[dict[str, Any]]:
+    """Median milliseconds, the modes taking turns so that a busy moment hits all of them."""
+    shape = scaled(TIME_POINT, effort, device)
+    rounds = 3 if effort == "quick" else 5
+    forward, both = _calls(shape, shape.s, device, backward=False), _calls(shape, shape.s, device)
+    decode = _calls(DECODE_POINT, 1, device, backward=False)
+    return [
+        _row(f"forward {shape}", "ms", _interleaved_medians(forward, rounds, device)),
+        _row(f"forward + backward {shape}", "ms", _interleaved_medians(both, rounds, device)),
+        _row(f"decode {DECODE_POINT}", "ms", _interleaved_medians(decode, 4 * rounds, device)),
+    ]
+
+
+def memory_rows(effort: str, device: str) -> list[dict[str, Any]]:
+    """Peak megabytes beyond the inputs, each mode in a process of its own."""
+    shape = scaled(MEMORY_POINT, effort, device)
+    peaks = {mode: _peaks_in_child(shape, mode, device) for mode in MODES}
+    return [
+        _row(f"{what} {shape}", "MiB", {mode: peaks[mode][what] for mode in MODES})
+        for what in ("forward", "forward + backward")
+    ]
+
+
+def _row(what: str, unit: str, values: dict[str, float | None]) -> dict[str, Any]:
+    return {"what": what, "unit": unit, **values}
+
+
+def _tensors(shape: Shape, s_q: int, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, dout = (
+        torch.randn(shape.b, rows, shape.h, shape.d, generator=generator).to(device, dtype)
+        for rows in (s_q, shape.s, shape.s, s_q)
+    )
+    return q, k, v, dout
+
+
+def _attention(mode: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention over (b, s, h, d); a single query sees every key."""
+    causal = q.shape[1] > 1
+    if mode == "pytorch":
+        q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=causal
+        ).transpose(1, 2)
+    with determinism.deterministic(mode == "deterministic"):
+        if q.shape[1] == 1:
+            return interface.flash_attn_with_kvcache(q, k, v, cache_seqlens=k.shape[1])
+        return interface.flash_attn_func(q, k, v, causal=causal)
+
+
+def _calls(
+    shape: Shape, s_q: int, device: str, backward: bool = True
+) -> dict[str, Callable[[], None]]:
+    q, k, v, dout = _tensors(shape, s_q, device)
+
+    def call(mode: str) -> None:
+        if not backward:
+            with torch.no_grad():
+                _attention(mode, q, k, v)
+            return
+        leaves = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
+        torch.autograd.grad(_attention(mode, *leaves), leaves, dout)
+
+    return {mode: lambda mode=mode: call(mode) for mode in MODES}  # type: ignore[misc]
+
+
+def _interleaved_medians(
+    calls: dict[str, Callable[[], None]], rounds: int, device: str
+) -> dict[str, float | None]:
+    taken: dict[str, list[float]] = {mode: [] for mode in calls}
+    for turn in range(rounds + 1):
+        for mode, call in calls.items():
+            _synchronize(device)
+            start = time.perf_counter()
+            call()
+            _synchronize(device)
+            if turn:  # the first turn warms up
+                taken[mode].append((time.perf_counter() - start) * 1e3)
+    return {mode: statistics.median(times) for mode, times in taken.items()}
+
+
+def _synchronize(device: str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _peaks_in_child(shape: Shape, mode: str, device: str) -> dict[str, float | None]:
+    code = f"from {__name__} import print_peaks; print_peaks()"
+    request = json.dumps({"shape": asdict(shape), "mode": mode, "device": device})
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        input=request,
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    peaks: dict[str, float | None] = json.loads(done.stdout)
+    return peaks
+
+
+def print_peaks() -> None:
+    """Child process: read a request from stdin, write the peaks in MiB as JSON."""
+    request = json.loads(sys.stdin.read())
+    mode, device, shape = request["mode"], request["device"], Shape(**request["shape"])
+    for call in _calls(Shape(b=1, s=64, h=1, d=64), 64, device).values():
+        call()  # threads and code pages exist before anything is measured
+    peaks: dict[str, float | None] = {}
+    for what, backward in (("forward", False), ("forward + backward", True)):
+        call = _calls(shape, shape.s, device, backward)[mode]
+        before = _reset_peak(device)
+        call()
+        peak = _peak(device)
+        peaks[what] = None if before is None else (peak - before) / 2**20
+    print(json.dumps(peaks))
+
+
+def _reset_peak(device: str) -> int | None:
+    """Bytes in use now, from which the next peak counts; None where the system cannot say."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: set the high-water mark to now
+    except OSError:
+        return None
+    return _peak(device)
+
+
+def _peak(device: str) -> int:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Not getrusage: a child inherits the maximum of the process that started it.
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) * 1024 if found else 0

@@ -1,0 +1,137 @@
+"""Builds flash_attn/_C.abi3.so, the one native library. Metadata and tool settings: pyproject.toml.
+
+One ninja file compiles every source in parallel and remembers what is up to date; an editable
+install, a wheel and `build_ext --inplace` share its objects. setuptools cannot give two sources
+different flags, and the CPU kernels are compiled once per instruction set; hence the subclass.
+
+Only PyTorch's stable ABI and the limited Python API are used, so one library serves every Python
+from MIN_PYTHON and every torch from TORCH_TARGET on.
+
+Environment: CXX (compiler), MAX_JOBS (parallel compilations). CXXFLAGS is not read: a -ffast-math
+or -march=native from outside would change the bits that this package promises.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+ROOT = Path(__file__).resolve().parent
+OBJECTS = Path("build/objects")
+
+MIN_PYTHON = (3, 10)
+TORCH_TARGET = "0x020a000000000000"  # 2.10: newer shims are not declared, so they cannot be used
+
+# -ffp-contract=off: a*b+c is fused where the source says fma and nowhere else, on any machine.
+# -fno-math-errno, -fno-trapping-math: let loops vectorise; neither changes a value.
+CXX_FLAGS = [
+    *("-std=c++20", "-O3", "-fPIC", "-Wall", "-Wextra"),
+    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
+    *("-fvisibility=hidden", "-fvisibility-inlines-hidden"),
+    f"-DPy_LIMITED_API=0x{MIN_PYTHON[0]:02x}{MIN_PYTHON[1]:02x}0000",
+    f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
+]
+# libstdc++ first: libtorch exports copies of some of its functions, which no stable ABI covers.
+LIBRARIES = ["stdc++", "torch", "torch_cpu", "c10"]
+
+# What csrc/cpu/isa_<name>.cpp is compiled with besides CXX_FLAGS; every other source has no more.
+ISA_FLAGS = {
+    "generic": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": [
+        *("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq"),
+        *("-mavx2", "-mfma", "-mf16c", "-Wno-maybe-uninitialized"),
+    ],
+}
+IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+
+def isa_of(source: str) -> str | None:
+    """The instruction set that a source is written for; None for one that runs on every machine."""
+    stem = Path(source).stem
+    return stem.removeprefix("isa_") if stem.startswith("isa_") else None
+
+
+def cpu_sources() -> list[str]:
+    """Sources relative to the project, sorted; off x86 only the generic kernels."""
+    found = [*(ROOT / "csrc").glob("*.cpp"), *(ROOT / "csrc/cpu").glob("*.cpp")]
+    relative = sorted(path.relative_to(ROOT).as_posix() for path in found)
+    return [source for source in relative if IS_X86 or isa_of(source) in (None, "generic")]
+
+
+class NinjaBuild(build_ext):
+    """Compiles and links through one ninja file, with flags that depend on the source."""
+
+    def build_extension(self, ext: Extension) -> None:
+        # Imported here, so that asking for metadata or an sdist does not pay for loading torch.
+        import ninja
+        from torch.utils import cpp_extension
+
+        includes = cpp_extension.include_paths()
+        flags = [
+            *CXX_FLAGS,
+            "-I.",
+            f"-I{sysconfig.get_path('include')}",
+            *(f"-isystem {path}" for path in includes),  # their warnings are not ours
+            f"-ffile-prefix-map={includes[0]}=torch",  # no path of this machine in the library
+        ]
+        links = [
+            *(f"-L{path}" for path in cpp_extension.library_paths()),
+            *(f"-l{name}" for name in LIBRARIES),
+        ]
+        library = OBJECTS / Path(self.get_ext_filename(ext.name)).name
+        self.write_ninja_file(ext.sources, flags, links, library)
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        command = [os.path.join(ninja.BIN_DIR, "ninja"), "-f", str(OBJECTS / "build.ninja")]
+        if subprocess.run([*command, "-j", jobs], cwd=ROOT).returncode != 0:
+            raise CompileError("the native library was not built; the compiler's message is above")
+
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)  # a process that has the old one loaded keeps it
+        shutil.copyfile(ROOT / library, target)
+
+    @staticmethod
+    def write_ninja_file(
+        sources: list[str], flags: list[str], links: list[str], library: Path
+    ) -> None:
+        """Writes OBJECTS/build.ninja; paths in it are relative to the project."""
+        from ninja import ninja_syntax
+
+        (ROOT / OBJECTS).mkdir(parents=True, exist_ok=True)
+        with open(ROOT / OBJECTS / "build.ninja", "w", encoding="utf-8") as stream:
+            writer = ninja_syntax.Writer(stream)
+            writer.variable("builddir", OBJECTS.as_posix())
+            writer.variable("cxx", os.environ.get("CXX") or "c++")
+            writer.variable("flags", flags)
+            writer.rule(
+                "compile",
+                "$cxx -MMD -MF $out.d $flags $isa_flags -c $in -o $out",
+                description="compile $in",
+                depfile="$out.d",
+                deps="gcc",
+            )
+            writer.rule("link", "$cxx -shared $in -o $out $links", description="link $out")
+            objects = []
+            for source in sources:
+                isa = isa_of(source)
+                isa_flags = ISA_FLAGS[isa] if isa else []
+                objects.append((OBJECTS / source).with_suffix(".o").as_posix())
+                writer.build(objects[-1], "compile", source, variables={"isa_flags": isa_flags})
+            writer.build(library.as_posix(), "link", objects, variables={"links": links})
+            writer.default(library.as_posix())
+
+
+setup(
+    ext_modules=[Extension("flash_attn._C", cpu_sources(), py_limited_api=True)],
+    cmdclass={"build_ext": NinjaBuild},
+    options={"bdist_wheel": {"py_limited_api": "cp{}{}".format(*MIN_PYTHON)}},
+)
