@@ -81,7 +81,6 @@ def varlen_fwd(
     softcap: float,
     return_softmax: bool,
     gen: None = None,
-    num_splits: int = 0,
 ) -> list[Tensor]:
     """[out, softmax_lse, S_dmask, rng_state] of a packed batch."""
     check_generator_is_none(gen)
@@ -106,7 +105,6 @@ def varlen_fwd(
         leftpad_k,
         seqused_k,
         zero_tensors,
-        num_splits,
     )
     return [_filled(out, result), softmax_lse, s_dmask, rng_state]
 

@@ -78,8 +78,8 @@ fa::ScoreParams score_of(OptionalTensor const& alibi_slopes, OptionalTensor cons
                          double softmax_scale, bool causal, int64_t window_left,
                          int64_t window_right, double softcap, double dropout_p) {
   fa::ScoreParams score;
-  score.softmax_scale = static_cast<float>(softmax_scale);
-  score.softcap = static_cast<float>(softcap);
+  score.softmax_scale = softmax_scale;
+  score.softcap = softcap;
   score.window_left = window_left;
   score.window_right = causal ? 0 : window_right;
   score.alibi = data_or_null<float>(alibi_slopes);

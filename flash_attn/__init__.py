@@ -1,4 +1,4 @@
-"""Attention whose bits do not depend on how it was scheduled: a drop-in flash_attn with a switch."""
+"""Attention whose bits do not depend on how it was scheduled: flash_attn with a switch."""
 
 from pkgutil import extend_path
 

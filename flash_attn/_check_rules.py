@@ -9,8 +9,6 @@ and where flash-attn 2.8 has a text for the case, <what is wrong> holds its word
 match on them. A decode call passes through here once per layer and token. So a rule that accepts
 reads metadata only, or runs one vectorised test over an index tensor; the first offending index is
 looked for once that test has failed.
-
-Sections: scalars; one tensor; the tensors of a call; contents of index tensors.
 """
 
 from __future__ import annotations
@@ -44,21 +42,20 @@ def window(window_size: Sequence[int] | Tensor) -> tuple[int, int]:
     return integer("window_size", entries[0]), integer("window_size", entries[1])
 
 
-def length(name: str, value: int | Tensor) -> int:
-    """A maximum length as an int; callers pass an int or a tensor with a single element."""
-    as_int = integer(name, value)
-    if as_int < 0:
-        refuse(f"{name} must not be negative", f"{name}={as_int}", f"{name} >= 0")
-    return as_int
-
-
 def integer(name: str, value: Any) -> int:
+    """``value`` as an int. Its size has rules of its own, which run inside the ops: under
+    torch.compile nothing may be known about it yet."""
     if isinstance(value, int):
         return value
     try:  # integers of numpy, and integer tensors with one element; a float has no __index__
         return operator.index(value)
     except (TypeError, RuntimeError):
         refuse(f"{name} must hold integers", f"{value!r}", "an int, or an integer tensor")
+
+
+def not_negative(name: str, value: int) -> None:
+    if value < 0:
+        refuse(f"{name} must not be negative", f"{name}={value}", f"{name} >= 0")
 
 
 def generator_is_none(gen: object) -> None:
@@ -85,11 +82,10 @@ def scalars(
 
 
 def splits(num_splits: int) -> None:
-    rule = f"0 (automatic) to {MAX_NUM_SPLITS}"
+    not_negative("num_splits", num_splits)
     if num_splits > MAX_NUM_SPLITS:
-        refuse(f"num_splits > {MAX_NUM_SPLITS} not supported", f"{num_splits=}", rule)
-    if num_splits < 0:
-        refuse("num_splits must not be negative", f"{num_splits=}", rule)
+        what = f"num_splits > {MAX_NUM_SPLITS} not supported"
+        refuse(what, f"{num_splits=}", f"0 (automatic) to {MAX_NUM_SPLITS}")
 
 
 # ---- One tensor ----------------------------------------------------------------------------------
@@ -341,13 +337,12 @@ def gradient_refused(option: str) -> NoReturn:
 
 
 def partials(out: Tensor, max_log2: Tensor, sum: Tensor, reduced: torch.dtype) -> None:
-    """``out`` (n, *q.shape), ``max_log2`` and ``sum`` (n, *lse.shape): n segments."""
     dtype(reduced, out.device)
     for name, tensor in (("out", out), ("max_log2", max_log2), ("sum", sum)):
         fp32(f"partials.{name}", name, tensor, out)
-    if out.dim() not in (4, 5) or out.shape[0] < 1:
+    if out.dim() not in (4, 5):
         what = "partials.out must have shape (n, b, s_q, h_q, d) or (n, total_q, h_q, d)"
-        refuse(what, f"out of shape {tuple(out.shape)}", "at least one segment, then as q")
+        refuse(what, f"out of shape {tuple(out.shape)}", "segments, then as q")
     *leading, s_q, h_q, _ = out.shape
     letters = "n, b, h_q, s_q" if len(leading) == 2 else "n, h_q, total_q"
     shape("partials.max_log2", max_log2, letters, (*leading, h_q, s_q))
@@ -453,3 +448,12 @@ def rotary_reach(cos: Tensor, last_position: int) -> None:
     if last_position >= cos.shape[0]:
         received = f"{cos.shape[0]} rows and a query at position {last_position}"
         refuse("cos/sin seqlen must reach the last query", received, "one row for each position")
+
+
+def packed_only(**options: Tensor | None) -> None:
+    for name, tensor in options.items():
+        if tensor is not None:
+            received = f"{name} of shape {tuple(tensor.shape)}"
+            refuse(
+                f"{name} needs a packed batch", received, "cu_seqlens_q and cu_seqlens_k as well"
+            )

@@ -14,8 +14,9 @@ from flash_attn import _check_rules as rules
 from flash_attn._check_rules import device as check_device
 from flash_attn._check_rules import generator_is_none as check_generator_is_none
 from flash_attn._check_rules import gradient_refused as refuse_gradient
-from flash_attn._check_rules import length as check_length
+from flash_attn._check_rules import integer as check_length
 from flash_attn._check_rules import packed as check_packed
+from flash_attn._check_rules import packed_only as check_packed_only
 from flash_attn._check_rules import partials as check_partials
 from flash_attn._check_rules import splits as check_num_splits
 from flash_attn._check_rules import window as check_window
@@ -29,7 +30,9 @@ __all__ = [
     "check_length",
     "check_num_splits",
     "check_packed",
+    "check_packed_only",
     "check_partials",
+    "check_same_device",
     "check_varlen",
     "check_varlen_backward",
     "check_window",
@@ -188,8 +191,8 @@ def _check_cu_seqlens(
     q: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int
 ) -> int:
     """Metadata of the offsets of a pack; returns the number of sequences."""
-    check_length("max_seqlen_q", max_seqlen_q)
-    check_length("max_seqlen_k", max_seqlen_k)
+    rules.not_negative("max_seqlen_q", max_seqlen_q)
+    rules.not_negative("max_seqlen_k", max_seqlen_k)
     rules.index("cu_seqlens_q", cu_seqlens_q, q, "b + 1", None)
     rules.index("cu_seqlens_k", cu_seqlens_k, q, "b + 1", cu_seqlens_q.shape[0])
     return cu_seqlens_q.shape[0] - 1
@@ -275,3 +278,9 @@ def _append_places(block_table: Tensor, starts: Tensor | int, s_new: int, page_s
     positions = positions.expand(block_table.shape[0], s_new)
     pages = block_table.to(torch.int64).gather(1, positions // page_size)
     return (pages * page_size + positions % page_size).flatten()
+
+
+def check_same_device(q: Tensor, **others: Tensor) -> None:
+    """For the fakes, which a call with tensors of several devices may reach."""
+    for name, tensor in others.items():
+        rules.same_device(name, tensor, q)

@@ -27,6 +27,13 @@ def round_up(value: int, multiple: int) -> int:
     return (value + multiple - 1) // multiple * multiple
 
 
+def softmax_scale_of(q: Tensor, softmax_scale: float | None) -> float:
+    """The scale given, else d ** -0.5; a q without columns is left for the checks to refuse."""
+    if softmax_scale is not None:
+        return softmax_scale
+    return max(q.shape[-1], 1) ** -0.5 if q.dim() > 0 else 1.0
+
+
 def contiguous_columns(x: Tensor) -> Tensor:
     """``x`` itself when its last dimension is contiguous, else a contiguous copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
@@ -149,7 +156,17 @@ def forward(
         num_splits,
         deterministic,
     )
+    if packing.cu_seqlens_q is not None:
+        _define_uncovered_rows(out, lse, packing.cu_seqlens_q)
     return out, lse, s_dmask, rng_state
+
+
+def _define_uncovered_rows(out: Tensor, lse: Tensor, cu_seqlens_q: Tensor) -> None:
+    """Tokens after the last sequence of a pack see nothing: out is zero, lse is +inf."""
+    covered = int(cu_seqlens_q[-1])
+    if covered < out.shape[0]:
+        out[covered:] = 0
+        lse[:, covered:] = torch.inf
 
 
 def forward_partials(
@@ -162,7 +179,7 @@ def forward_partials(
     deterministic: bool,
     num_splits: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One partial per segment and row, rows in the order of lse: out (n, *lse, d), max_log2 and sum (n, *lse)."""
+    """A partial per segment and row (as lse): out (n, *lse, d), max_log2 and sum (n, *lse)."""
     q, k, v = contiguous_columns(q), contiguous_columns(k), contiguous_columns(v)
     n = plan(q, k, packing, deterministic=deterministic, num_splits=num_splits).num_segments
     rows = lse_shape(q, packing)
@@ -277,7 +294,7 @@ def append(
     interleaved: bool,
     rotate_by_position: bool,
 ) -> Tensor:
-    """Writes the new keys (rotated) and values into the cache; returns q, rotated when cos is given."""
+    """Writes new keys (rotated) and values into the cache; returns q, rotated if cos is given."""
     q, k, v = contiguous_columns(q), contiguous_columns(k), contiguous_columns(v)
     rotated = None if rotary_cos is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)
     packing = packing.contiguous()
@@ -313,7 +330,7 @@ class Plan:
 
 
 def plan(q: Tensor, k: Tensor, packing: Packing, *, deterministic: bool, num_splits: int) -> Plan:
-    """The schedule that ``forward`` would choose for these tensors (their contents are not read)."""
+    """The schedule that ``forward`` would choose for tensors of these shapes."""
     s_q, s_k = packing.lengths(q, k)
     b = q.shape[0] if packing.cu_seqlens_q is None else packing.cu_seqlens_q.shape[0] - 1
     fields = torch.zeros(7, dtype=torch.int64)

@@ -1,6 +1,7 @@
-"""The switch, and what lies behind it: segments, their partials, and the reduction in plain PyTorch.
+"""The switch, and what lies behind it: segments, partials, and their reduction in PyTorch.
 
-In deterministic mode a row's bits depend on nothing but the row: SOLUTION.md says how. The mode is, in this order,
+In deterministic mode a row's bits depend on nothing but the row: SOLUTION.md says how. The mode is,
+in this order,
 
 1. what the innermost ``with deterministic():`` of this thread or task says;
 2. on, when ``torch.use_deterministic_algorithms(True)`` is in force;
@@ -35,7 +36,7 @@ _override: ContextVar[bool | None] = ContextVar("flash_attn_deterministic", defa
 
 
 def set_deterministic(enabled: bool) -> None:
-    """Turns determinism on or off for the whole process; ``with deterministic():`` takes precedence."""
+    """Turns determinism on or off for the process; ``with deterministic():`` takes precedence."""
     global _process_default
     _process_default = bool(enabled)
 
@@ -68,8 +69,8 @@ class Partials:
 
     Attributes:
         out: fp32 (n_segments, *q.shape), sums of p v, relative to max_log2 and not normalised.
-        max_log2: fp32 (n_segments, *softmax_lse.shape), the reference of the state: an integer, in log2 units;
-            -inf where the row sees nothing of the segment.
+        max_log2: fp32 (n_segments, *softmax_lse.shape), the reference of the state: an integer, in
+            log2 units; -inf where the row sees nothing of the segment.
         sum: fp32, as max_log2: the sum of p, relative to max_log2.
     """
 
@@ -100,13 +101,17 @@ def forward_partials(
     """The split partials of a forward call, before they are folded.
 
     Dense with q (b, s_q, h_q, d); packed with q (t, h_q, d), cu_seqlens and max_seqlen as in
-    ``flash_attn_varlen_func``. In deterministic mode the segments are the contract's, whatever ``num_splits`` says;
-    in standard mode they are the splits that the call would be cut into.
+    ``flash_attn_varlen_func``. In deterministic mode the segments are the contract's, whatever
+    ``num_splits`` says; in standard mode they are the splits that the call would be cut into.
     """
     left, right = _checks.check_window(window_size)
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    scale = _native.softmax_scale_of(q, softmax_scale)
+    _checks.check_num_splits(num_splits)
     packing = _native.DENSE
     if cu_seqlens_q is None or cu_seqlens_k is None:
+        _checks.check_packed_only(
+            block_table=block_table, seqused_k=seqused_k, leftpad_k=leftpad_k
+        )
         _checks.check_dense(
             *(q, k, v, 0.0, scale, softcap, alibi_slopes),
             low_level_head_dim=False,
@@ -142,14 +147,14 @@ def _rows_like_q(x: Tensor) -> Tensor:
 
 
 def reduce_partials(partials: Partials, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Folds partials in ascending order with PyTorch's elementwise arithmetic, bit for bit as the kernels do.
+    """Folds partials in ascending order in plain PyTorch, bit for bit as the kernels do.
 
-    References are integers in log2 units, so weights are powers of two, every product is exact, and a fold rounds
-    once: M' = max(M1, M2); O = O1 2^(M1 - M') + O2 2^(M2 - M'), the same for the sums. A partial whose reference lies
-    more than 126 below the other's counts as nothing.
+    References are integers in log2 units, so weights are powers of two, every product is exact, and
+    a fold rounds once: M' = max(M1, M2); O = O1 2^(M1 - M') + O2 2^(M2 - M'), the same for the
+    sums. A partial whose reference lies more than 126 below the other's counts as nothing.
 
     Returns:
-        out in ``dtype``, shaped as q; softmax_lse, fp32, natural log, +inf where a row sees nothing.
+        out in ``dtype``, shaped as q; softmax_lse fp32, natural log, +inf for a row that sees none.
     """
     _checks.check_partials(partials.out, partials.max_log2, partials.sum, dtype)
     parts = _rows_like_q(partials.out)
@@ -164,7 +169,9 @@ def reduce_partials(partials: Partials, dtype: torch.dtype) -> tuple[Tensor, Ten
         reference = common
     divisor = torch.where(total == 0, 1.0, total)
     rows = out / divisor[..., None] + 0.0  # + 0 gives every zero the same sign
-    return _rows_like_q(rows).to(dtype).contiguous(), _log_sum_exp(reference, total)
+    out = _rows_like_q(rows).to(dtype).contiguous()
+    out = torch.where(out.isnan(), torch.nan, out)  # one NaN, whatever made it
+    return out, _log_sum_exp(reference, total)
 
 
 def _weight(difference: Tensor) -> Tensor:
@@ -194,7 +201,7 @@ def _log_sum_exp(reference: Tensor, total: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What fixes a call's bits (family, block, boundaries), and the schedule that was free to be chosen."""
+    """What fixes a call's bits (family, block, boundaries), and the schedule around it."""
 
     family: str
     instruction_set: str
@@ -223,7 +230,8 @@ class Explanation:
                 f"  block     {self.block} keys",
                 f"  segments  {len(self.boundaries) - 1}, {where}: {', '.join(shown)}",
                 "free schedule" if self.deterministic else "schedule",
-                f"  tiles     {self.num_tiles} of up to {self.tile_rows} rows, on {self.num_threads} threads",
+                f"  tiles     {self.num_tiles} of up to {self.tile_rows} rows",
+                f"  threads   {self.num_threads}",
                 f"  segments  in {self.parallel_pieces} piece(s) side by side",
             ]
         )

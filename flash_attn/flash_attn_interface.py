@@ -1,8 +1,9 @@
 """The public functions, by upstream's names and parameters; the work is done in ``_ops``.
 
-Letters: b batch, s_q queries, s_k keys, h_q query heads, h_kv key heads (h_q % h_kv == 0; query head h reads key
-head h // (h_q / h_kv)), d head dim (1 to 256), t tokens of a packed batch.
-dtypes: float16 and bfloat16, and float32 on the CPU. The last dimension is best contiguous; others need not be.
+Letters: b batch, s_q queries, s_k keys, h_q query heads, h_kv key heads (h_q % h_kv == 0; query
+head h reads key head h // (h_q / h_kv)), d head dim (1 to 256), t tokens of a packed batch.
+dtypes: float16 and bfloat16, and float32 on the CPU. The last dimension is best contiguous; others
+need not be.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import flash_attn_2_cuda as flash_attn_gpu  # noqa: F401  other packages look fo
 from flash_attn import _checks
 from flash_attn._native import contiguous_columns as maybe_contiguous  # noqa: F401
 from flash_attn._native import round_up as round_multiple  # noqa: F401
+from flash_attn._native import softmax_scale_of
 from flash_attn._ops import (
     _flash_attn_backward,
     _flash_attn_forward,
@@ -33,11 +35,11 @@ _wrapped_flash_attn_backward = _flash_attn_backward
 _wrapped_flash_attn_varlen_backward = _flash_attn_varlen_backward
 
 Window = Sequence[int] | Tensor
-Attention = Tensor | tuple[Tensor, Tensor, Tensor]
+Attention = Any  # out, or (out, softmax_lse, S_dmask) when those are asked for
 
 
 def _get_block_size_n(device: Any, head_dim: int, is_dropout: bool, is_causal: bool) -> int:
-    """Keys that share one reference in S_dmask: all of them, since it is relative to the row's final maximum."""
+    """Keys that share a reference in S_dmask: all, it is relative to the row's final maximum."""
     return sys.maxsize // 2
 
 
@@ -69,7 +71,7 @@ def _attention(
         _checks.check_length("max_seqlen_q", max_seqlen_q),
         _checks.check_length("max_seqlen_k", max_seqlen_k),
         dropout_p,
-        q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
+        softmax_scale_of(q, softmax_scale),
         causal,
         left,
         right,
@@ -104,18 +106,20 @@ def flash_attn_func(
         dropout_p: probability to drop a weight, in [0, 1); 0 in evaluation.
         softmax_scale: factor on q k^T; None: d ** -0.5.
         causal: query i sees keys j <= i + s_k - s_q: the mask is aligned to the bottom right.
-        window_size: (left, right); query i also sees only keys from i + s_k - s_q - left to i + s_k - s_q + right.
+        window_size: (left, right); query i sees only keys i + s_k - s_q - left to
+            i + s_k - s_q + right.
             Negative: unlimited. causal sets right to 0.
         softcap: > 0: scores become softcap * tanh(score / softcap). Not with dropout.
         alibi_slopes: fp32 (h_q,) or (b, h_q); adds -slope * |i + s_k - s_q - j| to the score.
-        deterministic: True: the row contract for this call, forward and backward. False: as the mode in force says.
+        deterministic: True: the row contract for this call, forward and backward. False: as the
+            mode in force says.
         return_attn_probs: also return softmax_lse and S_dmask (for tests).
 
     Returns:
         out (b, s_q, h_q, d); with return_attn_probs (out, softmax_lse, S_dmask):
-        softmax_lse fp32 (b, h_q, s_q), natural log, +inf for a query that sees no key (its out is zero);
-        S_dmask (b, h_q, s_q and s_k rounded up to 128) when dropout_p > 0, else empty: exp(score - the row's maximum),
-        negative where dropped.
+        softmax_lse fp32 (b, h_q, s_q), natural log, +inf for a query that sees no key (its out is
+        zero); S_dmask (b, h_q, s_q and s_k rounded up to 128) when dropout_p > 0, else empty:
+        exp(score - the row's maximum), negative where dropped.
 
     Raises:
         RuntimeError: the message says what was wrong, what was received, and the rule.
@@ -282,6 +286,7 @@ def flash_attn_varlen_qkvpacked_func(
     )
 
 
+@torch.no_grad()
 def flash_attn_with_kvcache(
     q: Tensor,
     k_cache: Tensor,
@@ -302,23 +307,26 @@ def flash_attn_with_kvcache(
     alibi_slopes: Tensor | None = None,
     num_splits: int = 0,
     return_softmax_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """Attention against a KV cache, after appending new keys and values to it. No gradient.
 
     Args:
         q: (b, s_q, h_q, d).
         k_cache: (b_cache, s_cache, h_kv, d), or with block_table (num_blocks, page_size, h_kv, d).
         v_cache: as k_cache.
-        k, v: (b, s_new, h_kv, d), written into the cache at rows cache_seqlens ... (k after rotation), then attended to.
-        rotary_cos, rotary_sin: (s_rotary, rotary_dim / 2) in q's dtype; rotate k by its cache row, and q by its own row
-            (causal or window) or all of it by cache_seqlens. Needs k and v.
-        cache_seqlens: rows in use before the append, int32 (b,) or one int for all; None: the whole cache.
+        k, v: (b, s_new, h_kv, d), written into the cache at rows cache_seqlens ... (k after
+            rotation), then attended to.
+        rotary_cos, rotary_sin: (s_rotary, rotary_dim / 2) in q's dtype; rotate k by its cache row,
+            and q by its own row (causal or window) or all of it by cache_seqlens. Needs k and v.
+        cache_seqlens: rows in use before the append, int32 (b,) or one int for all; None: the whole
+            cache.
         cache_batch_idx: int32 (b,), the cache's row for each sequence. Not with block_table.
-        cache_leftpad: int32 (b,), rows to skip at the front; cache_seqlens counts them. Not with block_table.
+        cache_leftpad: int32 (b,), rows to skip at the front; cache_seqlens counts them. Not with
+            block_table.
         block_table: int32 (b, max_blocks), the pages of each sequence, in order.
         rotary_interleaved: pairs (0, 1), (2, 3), ... instead of (i, i + rotary_dim / 2).
-        num_splits: into how many parts the keys are cut: 0 as the heuristic pleases, at most 128. In deterministic mode
-            a hint to the schedule that never changes a bit.
+        num_splits: into how many parts the keys are cut: 0 as the heuristic pleases, at most 128.
+            In deterministic mode a hint to the schedule that never changes a bit.
         return_softmax_lse: also return softmax_lse.
         Other arguments as in ``flash_attn_func``.
 
@@ -329,8 +337,9 @@ def flash_attn_with_kvcache(
         RuntimeError: before anything is written: a refused call leaves the cache as it was.
     """
     left, right = _checks.check_window(window_size)
-    if isinstance(cache_seqlens, int) and not isinstance(cache_seqlens, bool):
-        cache_seqlens = torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
+    if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
+        used = _checks.check_length("cache_seqlens", cache_seqlens)
+        cache_seqlens = torch.full((q.shape[0],), used, dtype=torch.int32, device=q.device)
     out, softmax_lse = torch.ops.flash_attn._flash_attn_with_kvcache(
         q,
         k_cache,
@@ -343,7 +352,7 @@ def flash_attn_with_kvcache(
         cache_batch_idx,
         cache_leftpad,
         block_table,
-        q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
+        softmax_scale_of(q, softmax_scale),
         causal,
         left,
         right,
@@ -356,10 +365,10 @@ def flash_attn_with_kvcache(
 
 
 def _apply_of(function: Callable[..., Attention], name: str) -> type:
-    """A class with upstream's ``apply`` of an autograd function, for packages that import it by name.
+    """A class with ``apply`` as upstream's autograd functions have it, for packages that import it.
 
-    ``apply`` takes the function's arguments in order (return_softmax last but one), then whether gradients are enabled,
-    which PyTorch knows by itself here.
+    ``apply`` takes the function's arguments in order (return_softmax last but one), then whether
+    gradients are enabled, which PyTorch knows by itself here.
     """
 
     def apply(*arguments: Any) -> Attention:

@@ -20,8 +20,8 @@ struct RowTensor {
 
 // What the mask and the score are made of; the same for every row of a call.
 struct ScoreParams {
-  float softmax_scale = 1.0f;
-  float softcap = 0.0f;            // 0: none; else score = softcap * tanh(q.k * scale / softcap)
+  double softmax_scale = 1.0;
+  double softcap = 0.0;            // 0: none; else score = softcap * tanh(q.k * scale / softcap)
   int64_t window_left = -1;        // keys to the left of the diagonal, negative: unlimited
   int64_t window_right = -1;       // keys to the right of it; causal is 0
   float const* alibi = nullptr;    // [h_q] or [b, h_q], fp32, may be null

@@ -17,6 +17,8 @@
 
 namespace fa::cpu::FA_ISA {
 
+constexpr float kLog2EHigh = static_cast<float>(kLog2E);
+constexpr float kLog2ELow = static_cast<float>(kLog2E - static_cast<double>(kLog2EHigh));
 constexpr int64_t kBackwardRows = 96;  // queries a key tile takes at a time; free
 
 struct BackwardScratch {
@@ -106,8 +108,7 @@ struct BackwardTile {
     Vec const zero = broadcast(0.0f), one = broadcast(1.0f);
     for (int64_t r = 0; r < n; ++r) {
       BlockView const seen = view_block(rows[r], block_begin);
-      Vec const lse2 = broadcast(lse(rows[r]) * static_cast<float>(kLog2E)),
-                row_delta = broadcast(*delta(rows[r]));
+      Vec const minus_lse = broadcast(0.0f - lse(rows[r])), row_delta = broadcast(*delta(rows[r]));
       alignas(64) float keep[kBlockKeys];
       bool const drops = params.score.dropout_p > 0.0f;
       if (drops) {
@@ -124,8 +125,10 @@ struct BackwardTile {
           continue;
         }
         Vec tanh = zero;
-        Vec p =
-            exp2_of(score_lanes(load(s), scale, rows[r], block_begin + v * kLanes, &tanh) - lse2);
+        Vec const score = score_lanes(load(s), scale, rows[r], block_begin + v * kLanes, &tanh);
+        // score - lse log2 e, with log2 e in two parts: only lse's own rounding is left.
+        Vec p = exp2_of(multiply_add(minus_lse, broadcast(kLog2ELow),
+                                     multiply_add(minus_lse, broadcast(kLog2EHigh), score)));
         Vec dp = load(ds);
         if (drops) dp = dp * load(keep + v * kLanes);
         Vec gradient = p * (dp - row_delta);
@@ -199,7 +202,7 @@ static void backward_query_tile(BackwardParams const& params, QueryTile const& t
   for (int64_t r = 0; r < tile.num_rows; ++r) {
     RowView const view = row(r);
     t.write_row(query_row(params.dq, t.sequence, view.query, view.head, t.kBytes),
-                t.scratch.acc0 + r * t.d_pad, params.score.softmax_scale);
+                t.scratch.acc0 + r * t.d_pad, static_cast<float>(params.score.softmax_scale));
   }
 }
 

@@ -9,10 +9,11 @@
 
 namespace fa::cpu {
 
-// Rows [row_begin, row_begin + num_rows) of one sequence and one key head. The heads of a group are
-// adjacent rows: row r is query r / group of head head_kv * group + r % group.
+// Rows [row_begin, row_begin + num_rows) of one sequence, for each of num_heads key heads. The
+// query heads of a group are adjacent rows: row r of key head h is query r / group of query head h
+// * group + r % group.
 struct QueryTile {
-  int64_t batch, head_kv, row_begin, num_rows;
+  int64_t batch, row_begin, num_rows, head_kv, num_heads;
 };
 
 // Keys [key_begin, key_begin + num_keys) of one sequence and one key head.
@@ -33,7 +34,8 @@ struct Segmentation {
 
 struct KernelTable {
   char const* isa;
-  int64_t (*workspace_floats)(int64_t num_rows, int64_t d);
+  int64_t (*forward_floats)(int64_t num_rows, int64_t num_heads, int64_t d);  // scratch of a task
+  int64_t (*backward_floats)(int64_t num_rows, int64_t d);
   // Segments [segment_begin, segment_end) of a tile. With `partials` every closed segment is handed
   // on, else they are folded in ascending order and the rows are finished (then all segments must
   // be asked for).
@@ -62,6 +64,8 @@ KernelTable const& kernels();
 struct ForwardPlan {
   int64_t tile_rows = 0;  // rows a query tile
   int64_t num_tiles = 0;
+  int64_t num_heads = 1;     // key heads that a task takes along, block by block
+  int64_t longest_keys = 0;  // of any sequence
   int64_t num_segments = 0;  // of the longest sequence
   int64_t pieces = 1;        // parts that a tile's segments are cut into to run side by side
   Segmentation segmentation;

@@ -20,11 +20,12 @@ namespace fa::cpu::FA_ISA {
       return kernel<DType::kBFloat16>(__VA_ARGS__); \
   }
 
-static int64_t workspace_floats(int64_t num_rows, int64_t d) {
-  int64_t const rows = num_rows > kBackwardRows ? num_rows : kBackwardRows;
-  int64_t const forward = ForwardScratch::floats(num_rows, d),
-                backward = BackwardScratch::floats(rows, d);
-  return forward > backward ? forward : backward;
+static int64_t forward_floats(int64_t num_rows, int64_t num_heads, int64_t d) {
+  return ForwardHeads<DType::kFloat32>::floats(num_rows, num_heads, d);
+}
+
+static int64_t backward_floats(int64_t num_rows, int64_t d) {
+  return BackwardScratch::floats(num_rows > kBackwardRows ? num_rows : kBackwardRows, d);
 }
 
 static void forward(ForwardParams const& params, QueryTile const& tile,
@@ -51,8 +52,9 @@ static void backward_key(BackwardParams const& params, KeyTile const& tile, floa
     FA_DISPATCH_DTYPE(params.dtype, backward_key_tile, params, tile, workspace)}
 
 KernelTable const& kernels() {
-  static constexpr KernelTable kTable{FA_NAME(FA_ISA), workspace_floats, forward,     fold,
-                                      backward_delta,  backward_query,   backward_key};
+  static constexpr KernelTable kTable{FA_NAME(FA_ISA), forward_floats, backward_floats,
+                                      forward,         fold,           backward_delta,
+                                      backward_query,  backward_key};
   return kTable;
 }
 

@@ -47,6 +47,12 @@ static void pack_rows(float* dst, KeyRows const& rows, int64_t begin, int64_t nu
   }
 }
 
+// Reads one byte of every cache line of a row.
+FA_INLINE void touch_row(char const* row, int64_t row_bytes) {
+  constexpr int64_t kCacheLine = 64;
+  for (int64_t at = 0; at < row_bytes; at += kCacheLine) asm volatile("" : : "r"(row[at]));
+}
+
 // dst (round_up_lanes(d), kBlockKeys) = the transpose of rows [begin, begin + num_keys). Columns
 // beyond num_keys, up to the next multiple of 16, are zero: no row past the sequence is read.
 template <DType kDType>

@@ -19,6 +19,7 @@ namespace {
 constexpr int64_t kMaxTileRows =
     192;  // 192 x 128 fp32 of q, o and the fold: 300 KB, within a second-level cache
 constexpr int64_t kMinTileRows = 48;    // below this, packing keys costs more than idle threads do
+constexpr int64_t kMaxHeads = 8;        // 8 x 128 fp32 lie in one page
 constexpr int64_t kTasksPerThread = 2;  // enough tasks for threads to even out
 constexpr int64_t kMaxPartialFloats =
     16 * 1024 * 1024;  // 64 MiB of partials; more segments run in sequence instead
@@ -42,7 +43,8 @@ KernelTable const& choose_kernels() {
   return generic::kernels();
 }
 
-std::vector<QueryTile> query_tiles(LayoutParams const& layout, int64_t tile_rows) {
+std::vector<QueryTile> query_tiles(LayoutParams const& layout, int64_t tile_rows,
+                                   int64_t num_heads) {
   std::vector<QueryTile> tiles;
   int64_t const group = layout.h_q / layout.h_kv;
   for (int64_t b = 0; b < layout.b; ++b) {
@@ -51,20 +53,31 @@ std::vector<QueryTile> query_tiles(LayoutParams const& layout, int64_t tile_rows
     // for the end.
     for (int64_t begin = (ceil_div(rows, tile_rows) - 1) * tile_rows; begin >= 0;
          begin -= tile_rows) {
-      for (int64_t h = 0; h < layout.h_kv; ++h) {
-        tiles.push_back({b, h, begin, begin + tile_rows < rows ? tile_rows : rows - begin});
+      for (int64_t h = 0; h < layout.h_kv; h += num_heads) {
+        tiles.push_back({b, begin, begin + tile_rows < rows ? tile_rows : rows - begin, h,
+                         h + num_heads < layout.h_kv ? num_heads : layout.h_kv - h});
       }
     }
   }
   return tiles;
 }
 
-int64_t count_query_tiles(LayoutParams const& layout, int64_t tile_rows) {
+// Query tiles of one head.
+int64_t count_row_tiles(LayoutParams const& layout, int64_t tile_rows) {
   int64_t tiles = 0;
   for (int64_t b = 0; b < layout.b; ++b) {
     tiles += ceil_div(sequence_of(layout, b).s_q * (layout.h_q / layout.h_kv), tile_rows);
   }
-  return tiles * layout.h_kv;
+  return tiles;
+}
+
+int64_t longest_rows(LayoutParams const& layout) {
+  int64_t longest = 0;
+  for (int64_t b = 0; b < layout.b; ++b) {
+    int64_t const rows = sequence_of(layout, b).s_q * (layout.h_q / layout.h_kv);
+    longest = rows > longest ? rows : longest;
+  }
+  return longest;
 }
 
 int64_t longest_keys(LayoutParams const& layout) {
@@ -84,7 +97,7 @@ int64_t lse_rows(LayoutParams const& layout) {
 int64_t fitting_tile_rows(LayoutParams const& layout, int64_t num_threads) {
   int64_t tile_rows = kMaxTileRows;
   while (tile_rows > kMinTileRows &&
-         count_query_tiles(layout, tile_rows) < kTasksPerThread * num_threads) {
+         count_row_tiles(layout, tile_rows) * layout.h_kv < kTasksPerThread * num_threads) {
     tile_rows /= 2;
   }
   return tile_rows;
@@ -101,13 +114,19 @@ ForwardPlan plan_forward(ForwardParams const& params, int64_t num_threads) {
   LayoutParams const& layout = params.layout;
   ForwardPlan plan;
   plan.tile_rows = fitting_tile_rows(layout, num_threads);
-  plan.num_tiles = count_query_tiles(layout, plan.tile_rows);
-  int64_t const s_k = longest_keys(layout);
+  int64_t const row_tiles = count_row_tiles(layout, plan.tile_rows), s_k = longest_keys(layout);
+  int64_t const rows = longest_rows(layout);
+  // Few rows read every key once: a task takes several heads along, so that it reads keys in the
+  // order in which they lie in memory.
+  if (rows > 0 && rows <= kMinTileRows) {
+    plan.num_heads = layout.h_kv < kMaxHeads ? layout.h_kv : kMaxHeads;
+    if (plan.num_heads > kMaxTileRows / rows) plan.num_heads = kMaxTileRows / rows;
+  }
+  auto const num_tiles = [&] { return row_tiles * ceil_div(layout.h_kv, plan.num_heads); };
 
   int64_t wanted = 1;  // pieces that would fill the threads
-  if (plan.num_tiles > 0 && plan.num_tiles < kTasksPerThread * num_threads) {
-    wanted = ceil_div(2 * kTasksPerThread * num_threads, plan.num_tiles);
-  }
+  int64_t const enough = kTasksPerThread * num_threads;
+  if (num_tiles() > 0 && num_tiles() < enough) wanted = ceil_div(2 * enough, num_tiles());
   if (params.plan.num_splits > 0) wanted = params.plan.num_splits;
 
   if (!params.plan.deterministic) {
@@ -118,19 +137,24 @@ ForwardPlan plan_forward(ForwardParams const& params, int64_t num_threads) {
         ceil_div(num_blocks, splits > 0 ? splits : 1) * contract::kCpuBlockKeys;
     if (plan.segmentation.extent == 0) plan.segmentation.extent = contract::kCpuBlockKeys;
   }
+  plan.longest_keys = s_k;
   plan.num_segments = plan.segmentation.count(s_k);
   plan.pieces = wanted < plan.num_segments ? wanted : plan.num_segments;
   bool const fits = plan.num_segments * lse_rows(layout) <= kMaxPartialFloats / (layout.d + 2);
   if (plan.pieces < 1 || !fits || params.s_dmask) plan.pieces = 1;
+  while (plan.num_heads > 1 && num_tiles() * plan.pieces < enough) {
+    plan.num_heads = ceil_div(plan.num_heads, 2);
+  }
+  plan.num_tiles = num_tiles();
   return plan;
 }
 
 void forward(ForwardParams const& params, Machine const& machine) {
   KernelTable const& kernels = selected_kernels();
   ForwardPlan const plan = plan_forward(params, machine.num_threads);
-  std::vector<QueryTile> const tiles = query_tiles(params.layout, plan.tile_rows);
+  std::vector<QueryTile> const tiles = query_tiles(params.layout, plan.tile_rows, plan.num_heads);
   int64_t const num_tiles = static_cast<int64_t>(tiles.size());
-  int64_t const floats = kernels.workspace_floats(plan.tile_rows, params.layout.d);
+  int64_t const floats = kernels.forward_floats(plan.tile_rows, plan.num_heads, params.layout.d);
   bool const hands_on = params.partials.out != nullptr;
 
   if (plan.pieces == 1 && !hands_on) {
@@ -150,12 +174,15 @@ void forward(ForwardParams const& params, Machine const& machine) {
     partials.max_log2 = partials.out + count * params.layout.d;
     partials.sum = partials.max_log2 + count;
   }
+  // Pieces hold about the same number of keys, cut where a segment begins.
+  auto const first_segment = [&](int64_t piece) {
+    return piece == plan.pieces ? plan.num_segments
+                                : plan.segmentation.of(plan.longest_keys * piece / plan.pieces);
+  };
   run_tasks(machine, num_tiles * plan.pieces, floats, [&](int64_t i, float* scratch) {
     int64_t const piece = i / num_tiles;
-    int64_t const begin = plan.num_segments * piece / plan.pieces,
-                  end = plan.num_segments * (piece + 1) / plan.pieces;
-    kernels.forward(params, tiles[i % num_tiles], plan.segmentation, begin, end, &partials,
-                    scratch);
+    kernels.forward(params, tiles[i % num_tiles], plan.segmentation, first_segment(piece),
+                    first_segment(piece + 1), &partials, scratch);
   });
   if (hands_on) return;
   run_tasks(machine, num_tiles, floats, [&](int64_t i, float* scratch) {
@@ -167,7 +194,7 @@ void backward(BackwardParams const& params, Machine const& machine) {
   KernelTable const& kernels = selected_kernels();
   LayoutParams const& layout = params.layout;
   int64_t const tile_rows = fitting_tile_rows(layout, machine.num_threads);
-  std::vector<QueryTile> const tiles = query_tiles(layout, tile_rows);
+  std::vector<QueryTile> const tiles = query_tiles(layout, tile_rows, /*num_heads=*/1);
   int64_t const num_query_tiles = static_cast<int64_t>(tiles.size());
   std::vector<KeyTile> key_tiles;
   for (int64_t b = 0; b < layout.b; ++b) {
@@ -184,7 +211,7 @@ void backward(BackwardParams const& params, Machine const& machine) {
   int64_t const num_key_tiles = static_cast<int64_t>(key_tiles.size());
   run_tasks(machine, num_query_tiles, 0,
             [&](int64_t i, float*) { kernels.backward_delta(params, tiles[i]); });
-  run_tasks(machine, num_query_tiles + num_key_tiles, kernels.workspace_floats(tile_rows, layout.d),
+  run_tasks(machine, num_query_tiles + num_key_tiles, kernels.backward_floats(tile_rows, layout.d),
             [&](int64_t i, float* scratch) {
               if (i < num_key_tiles) {
                 kernels.backward_key(params, key_tiles[i], scratch);

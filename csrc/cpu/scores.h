@@ -20,8 +20,9 @@ struct ScoreScale {
 
   FA_INLINE ScoreScale of(ScoreParams const& p) {
     double const scale = p.softmax_scale, cap = p.softcap;
-    if (p.softcap > 0.0f) {
-      return {static_cast<float>(scale / cap), static_cast<float>(cap * kLog2E), p.softcap};
+    if (cap > 0.0) {
+      return {static_cast<float>(scale / cap), static_cast<float>(cap * kLog2E),
+              static_cast<float>(cap)};
     }
     return {static_cast<float>(scale * kLog2E), 0.0f, static_cast<float>(kLn2)};
   }

@@ -36,24 +36,50 @@ def results(engine: Engine, problems: list[Problem]) -> list[list[Results]]:
     return everything
 
 
-def results_of_child(
-    engine: Engine, problems: list[Problem], instruction_set: str
-) -> list[list[Results]]:
-    """The same, computed by a new Python process."""
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
-    if instruction_set:
-        environment[ISA_VARIABLE] = instruction_set
+def results_of_children(
+    engine: Engine, problems: list[Problem], instruction_sets: list[str]
+) -> list[list[list[Results]]]:
+    """The same, computed by one new Python process for each instruction set, side by side."""
     with tempfile.TemporaryDirectory() as folder:
-        request, reply = Path(folder, "request"), Path(folder, "reply")
+        request = Path(folder, "request")
         request.write_bytes(pickle.dumps((engine.name, problems)))
-        code = f"from {__name__} import answer; answer()"
-        subprocess.run(
-            [sys.executable, "-c", code, str(request), str(reply)], env=environment, check=True
-        )
-        return torch.load(reply, weights_only=True)  # type: ignore[no-any-return]
+        replies = [Path(folder, f"reply{index}") for index in range(len(instruction_sets))]
+        children = [
+            start_python(
+                f"from {__name__} import answer; answer()",
+                [str(request), str(reply)],
+                {ISA_VARIABLE: isa} if isa else {},
+            )
+            for isa, reply in zip(instruction_sets, replies, strict=True)
+        ]
+        for child in children:
+            output_of(child)
+        return [torch.load(reply, weights_only=True) for reply in replies]
 
 
 def answer() -> None:
     """In the child: read the request named by the first argument, write tensors to the second."""
     name, problems = pickle.loads(Path(sys.argv[1]).read_bytes())
     torch.save(results(ENGINES[name], problems), sys.argv[2])
+
+
+def start_python(
+    code: str, arguments: list[str], variables: dict[str, str]
+) -> subprocess.Popen[str]:
+    """A Python process that imports what this one can import."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        env={**environment, **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def output_of(process: subprocess.Popen[str]) -> str:
+    """What it printed; RuntimeError with its error output when it failed."""
+    printed, errors = process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"a verification process ended with {process.returncode}:\n{errors}")
+    return printed

@@ -127,9 +127,7 @@ def standard_problems(effort: str = "default", device: str = "cpu") -> list[Prob
     # Two segments, one block, and 13 keys of the next block: every kind of ragged end at once.
     long = 2 * segment + block + 13
     quick = [
-        Problem(
-            (long,) * 4, (long,) * 4, h_q=4, h_kv=2, d=64, dtype=wide, name="prefill", **common
-        ),
+        Problem((long,) * 3, (long,) * 3, h_q=2, d=64, dtype=wide, name="prefill", **common),
         Problem(
             (1,) * 8,
             # Long and short neighbours; both sides of a segment and of a block; a single key.
@@ -140,10 +138,16 @@ def standard_problems(effort: str = "default", device: str = "cpu") -> list[Prob
             **common,
         ),
         Problem(
+            (1, 1),  # few rows: the more reason to split, and to split by the neighbour's length
+            (4 * segment + 45, long),
+            h_kv=1,
+            dtype=torch.bfloat16,
+            name="small decode",
+            **common,
+        ),
+        Problem(
             (segment + block + 7, 1, 2 * block + 2, 77),
             (segment + block + 7, segment + 3, 2 * block + 2, 77),
-            h_q=4,
-            h_kv=4,
             d=40,  # not a power of two, not a multiple of 16
             dtype=torch.bfloat16,
             window_size=(block * 3 + 5, -1),

@@ -8,10 +8,8 @@ the same work.
 from __future__ import annotations
 
 import json
-import os
 import re
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -24,6 +22,7 @@ from torch import Tensor
 
 from .. import determinism
 from .. import flash_attn_interface as interface
+from .child import output_of, start_python
 
 MODES = ("standard", "deterministic", "pytorch")
 
@@ -67,9 +66,17 @@ def time_rows(effort: str, device: str) -> list[dict[str, Any]]:
 
 
 def memory_rows(effort: str, device: str) -> list[dict[str, Any]]:
-    """Peak megabytes beyond the inputs, each mode in a process of its own."""
+    """Peak mebibytes beyond the inputs, each mode in a process of its own."""
     shape = scaled(MEMORY_POINT, effort, device)
-    peaks = {mode: _peaks_in_child(shape, mode, device) for mode in MODES}
+    children = {
+        mode: start_python(
+            f"from {__name__} import print_peaks; print_peaks()",
+            [json.dumps({"shape": asdict(shape), "mode": mode, "device": device})],
+            {},
+        )
+        for mode in MODES
+    }
+    peaks = {mode: json.loads(output_of(child)) for mode, child in children.items()}
     return [
         _row(f"{what} {shape}", "MiB", {mode: peaks[mode][what] for mode in MODES})
         for what in ("forward", "forward + backward")
@@ -99,9 +106,12 @@ def _attention(mode: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q, k, v, is_causal=causal
         ).transpose(1, 2)
     with determinism.deterministic(mode == "deterministic"):
-        if q.shape[1] == 1:
-            return interface.flash_attn_with_kvcache(q, k, v, cache_seqlens=k.shape[1])
-        return interface.flash_attn_func(q, k, v, causal=causal)
+        if causal:
+            out = interface.flash_attn_func(q, k, v, causal=True)
+        else:
+            out = interface.flash_attn_with_kvcache(q, k, v, cache_seqlens=k.shape[1])
+    assert isinstance(out, Tensor)  # nothing but out was asked for
+    return out
 
 
 def _calls(
@@ -140,25 +150,9 @@ def _synchronize(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
-def _peaks_in_child(shape: Shape, mode: str, device: str) -> dict[str, float | None]:
-    code = f"from {__name__} import print_peaks; print_peaks()"
-    request = json.dumps({"shape": asdict(shape), "mode": mode, "device": device})
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        input=request,
-        env=environment,
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    peaks: dict[str, float | None] = json.loads(done.stdout)
-    return peaks
-
-
 def print_peaks() -> None:
-    """Child process: read a request from stdin, write the peaks in MiB as JSON."""
-    request = json.loads(sys.stdin.read())
+    """In the child: the request is the first argument, the peaks are printed as JSON."""
+    request = json.loads(sys.argv[1])
     mode, device, shape = request["mode"], request["device"], Shape(**request["shape"])
     for call in _calls(Shape(b=1, s=64, h=1, d=64), 64, device).values():
         call()  # threads and code pages exist before anything is measured

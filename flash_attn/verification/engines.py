@@ -397,7 +397,8 @@ def _cache_forward(
     ends = used if starts is None else [n + start for n, start in zip(used, starts, strict=True)]
     out, lse = interface.flash_attn_with_kvcache(
         q,
-        *caches,
+        caches[0],
+        caches[1],
         **options,
         cache_seqlens=torch.tensor(ends, dtype=torch.int32, device=q.device),
         num_splits=num_splits,

@@ -7,6 +7,7 @@ may decide a row's bits.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ from ..testing import Mismatch, first_mismatch, poison_free_memory
 from . import child
 from .engines import APPEND_LAYOUTS, Engine, FlashAttention, Results
 from .problem import Problem, Sequence, contract_steps, telling_rows
+
+Piece = tuple[int, int, int]  # query rows [start, stop) of a sequence: (sequence, start, stop)
 
 FORWARD_LAYOUTS = ("dense", "varlen", "kvcache", "paged")
 GRADIENT_LAYOUTS = ("dense", "varlen")
@@ -130,7 +133,7 @@ def neighbours(problem: Problem, subject: Subject, outcome: Outcome) -> None:
         return
     _, boundaries = contract_steps(problem)
     segment = boundaries[1] if len(boundaries) > 1 else max(problem.seqlens_k)
-    kept = problem.batch // 2
+    kept = max(range(problem.batch), key=lambda i: problem.seqlens_k[i])
     s_q, s_k = problem.seqlens_q[kept], problem.seqlens_k[kept]
     sizes = {"short": (1, 1), "long": (s_q + 9, s_k + segment + 9), "keyless": (s_q, 0)}
     for layout in subject.layouts:
@@ -178,32 +181,33 @@ def chunked_prefill(problem: Problem, subject: Subject, outcome: Outcome) -> Non
     sequences = problem.sequences()
     whole = subject.run(problem, sequences, "dense")
     block, boundaries = contract_steps(problem)
-    # One block exactly; an odd size above it; most of a segment, so that chunks straddle every
-    # boundary.
-    sizes = (block, block + 13, boundaries[1] - 37 if len(boundaries) > 1 else 2 * block + 1)
-    plans = zip(sizes, ("append", "append_paged", "varlen"), strict=True)
-    for size, layout in [*plans, (sizes[1], "dense")]:
+    # One block exactly; an odd size above it; most of a segment, so that chunks straddle its ends.
+    for size, layout in (
+        (block, "append"),
+        (block + 13, "append_paged"),
+        (block + 13, "dense"),
+        (boundaries[-1] // 2 - 37 if len(boundaries) > 2 else block + 1, "varlen"),
+    ):
         if layout not in subject.layouts_for(sequences):
             continue
-        starts = [0] * problem.batch
-        while unfinished := [i for i in range(problem.batch) if starts[i] < problem.seqlens_q[i]]:
-            # A packed call may hold a chunk of another size for every sequence, as a serving
-            # engine's does.
-            ends = {
-                i: min(
-                    problem.seqlens_q[i], starts[i] + size + (11 * i if layout == "varlen" else 0)
-                )
-                for i in unfinished
-            }
-            chunks = [
-                sequences[i].query_rows(starts[i], end, problem.keys_for(i, end))
-                for i, end in ends.items()
-            ]
-            results = subject.run(problem, chunks, layout)
-            for (i, end), result in zip(ends.items(), results, strict=True):
-                rows = _rows(whole[i], starts[i], end)
-                outcome.compare(f"{layout}, rows {starts[i]}:{end} of sequence {i}", result, rows)
-                starts[i] = end
+        for pieces in _chunks(problem, size, grow=11 if layout == "varlen" else 0):
+            _compare_pieces(problem, subject, outcome, sequences, whole, pieces, layout)
+
+
+def _chunks(problem: Problem, size: int, grow: int) -> Iterator[list[Piece]]:
+    """Chunk after chunk of every sequence that has one left, as a serving engine would batch them.
+
+    `grow` makes the chunks of each sequence that much longer than those of the one before it.
+    """
+    starts = [0] * problem.batch
+    while any(start < s_q for start, s_q in zip(starts, problem.seqlens_q, strict=True)):
+        stops = [
+            min(s_q, start + size + grow * index)
+            for index, (start, s_q) in enumerate(zip(starts, problem.seqlens_q, strict=True))
+        ]
+        spans = zip(range(problem.batch), starts, stops, strict=True)
+        yield [(index, start, stop) for index, start, stop in spans if start < stop]
+        starts = stops
 
 
 def decode(problem: Problem, subject: Subject, outcome: Outcome) -> None:
@@ -224,19 +228,40 @@ def _some_rows(
         return
     sequences = problem.sequences()
     whole = subject.run(problem, sequences, "dense")
-    limit = max(2, rows_in_all // problem.batch)
-    picked = [
-        (index, row, problem.keys_for(index, row + count))
+    pieces = [
+        (index, row, row + count)
         for index, s_q in enumerate(problem.seqlens_q)
-        for row in telling_rows(problem, index, limit)
+        for row in telling_rows(problem, index, max(2, rows_in_all // problem.batch))
         if row + count <= s_q
     ]
-    short = [sequences[i].query_rows(row, row + count, keys) for i, row, keys in picked]
-    for layout in subject.layouts_for(short):
-        results = subject.run(problem, short, layout)
-        for (index, row, _), result in zip(picked, results, strict=True):
-            label = f"{layout}, rows {row}:{row + count} of sequence {index}"
-            outcome.compare(label, result, _rows(whole[index], row, row + count))
+    for layout in subject.layouts_for(_cut(problem, sequences, pieces)):
+        _compare_pieces(problem, subject, outcome, sequences, whole, pieces, layout)
+
+
+def _compare_pieces(
+    problem: Problem,
+    subject: Subject,
+    outcome: Outcome,
+    sequences: list[Sequence],
+    whole: list[Results],
+    pieces: list[Piece],
+    layout: str,
+) -> None:
+    """Runs of rows, in one call (dense: in one call each), against the same rows of `whole`."""
+    cut = _cut(problem, sequences, pieces)
+    calls = [[piece] for piece in cut] if layout == "dense" else [cut]
+    results = [result for call in calls for result in subject.run(problem, call, layout)]
+    for (index, start, stop), result in zip(pieces, results, strict=True):
+        label = f"{layout}, rows {start}:{stop} of sequence {index}"
+        compared = {name: result[name] for name in whole[index]}
+        outcome.compare(label, compared, _rows(whole[index], start, stop))
+
+
+def _cut(problem: Problem, sequences: Seq[Sequence], pieces: Seq[Piece]) -> list[Sequence]:
+    """Each piece with the keys up to its end."""
+    return [
+        sequences[i].query_rows(start, stop, problem.keys_for(i, stop)) for i, start, stop in pieces
+    ]
 
 
 def head_sharding(problem: Problem, subject: Subject, outcome: Outcome) -> None:
@@ -261,16 +286,13 @@ def chunked_gradients(problem: Problem, subject: Subject, outcome: Outcome) -> N
     if not problem.rows_keep_their_keys:
         return
     sequences = problem.sequences()
-    whole = subject.run(problem, sequences, "dense")
+    whole = [{"dq": result["dq"]} for result in subject.run(problem, sequences, "dense")]
     block, _ = contract_steps(problem)
+    # Two thirds into each sequence: not at its end, and not on a boundary.
+    stops = [-(-2 * s_q // 3) for s_q in problem.seqlens_q]
+    pieces = [(i, max(0, stop - block - 13), stop) for i, stop in enumerate(stops)]
     for layout in subject.layouts:
-        for index, sequence in enumerate(sequences):
-            stop = -(-2 * sequence.s_q // 3)  # not at the end, and not on a boundary
-            start = max(0, stop - block - 13)
-            chunk = sequence.query_rows(start, stop, problem.keys_for(index, stop))
-            dq = {"dq": subject.run(problem, [chunk], layout)[0]["dq"]}
-            label = f"{layout}, rows {start}:{stop} of sequence {index}"
-            outcome.compare(label, dq, {"dq": whole[index]["dq"][start:stop]})
+        _compare_pieces(problem, subject, outcome, sequences, whole, pieces, layout)
 
 
 def thread_count(problem: Problem, subject: Subject, outcome: Outcome) -> None:
@@ -322,11 +344,12 @@ def fresh_process(problem: Problem, subject: Subject, outcome: Outcome) -> None:
     )
     problems = [small, every_feature, every_feature.replace(dtype=torch.float16, causal=False)]
     expected = child.results(subject.engine, problems)
-    for variant in child.instruction_sets(problem.device):
-        actual = child.results_of_child(subject.engine, problems, variant)
+    variants = child.instruction_sets(problem.device)
+    results = child.results_of_children(subject.engine, problems, variants)
+    for variant, actual in zip(variants, results, strict=True):
         where = f"{variant or 'usual'} instructions, fresh process"
-        for index, (left, right) in enumerate(zip(actual, expected, strict=True)):
-            outcome.compare_all(f"{where}, problem {index}", left, right)
+        for left, right in zip(actual, expected, strict=True):
+            outcome.compare_all(where, left, right)
 
 
 def _filled_with_nan(sequence: Sequence) -> Sequence:

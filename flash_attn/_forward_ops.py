@@ -1,0 +1,322 @@
+"""The forward ops ``torch.ops.flash_attn.*``: what PyTorch's compiler sees of a forward pass.
+
+Each checks its arguments, reads the determinism mode when it runs (so that nothing is baked into a
+compiled graph), and calls ``_native``.
+
+Shapes: dense q (b, s_q, h_q, d), k and v (b, s_k, h_kv, d); packed q (t_q, h_q, d), k and v
+(t_k, h_kv, d), or (num_blocks, page_size, h_kv, d) with a block table. softmax_lse is fp32, natural
+log: (b, h_q, s_q) or (h_q, t_q).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flash_attn import _checks, _native, determinism
+from flash_attn._native import Packing, Scoring
+
+Result = tuple[Tensor, Tensor, Tensor, Tensor]  # out, softmax_lse, S_dmask, rng_state
+
+
+@torch.library.custom_op("flash_attn::_flash_attn_forward", mutates_args=())
+def _flash_attn_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    return_softmax: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _checks.check_dense(
+        q,
+        k,
+        v,
+        dropout_p,
+        softmax_scale,
+        softcap,
+        alibi_slopes,
+        low_level_head_dim=True,
+        return_softmax=return_softmax,
+    )
+    scoring = Scoring(
+        softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, dropout_p
+    )
+    return _native.forward(
+        q,
+        k,
+        v,
+        scoring,
+        deterministic=determinism.is_deterministic(),
+        return_softmax=return_softmax,
+    )
+
+
+@torch.library.custom_op("flash_attn::_flash_attn_varlen_forward", mutates_args=())
+def _flash_attn_varlen_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int = -1,
+    window_size_right: int = -1,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    return_softmax: bool = False,
+    block_table: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    zero_tensors: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _checks.check_varlen(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p,
+        softmax_scale,
+        softcap,
+        alibi_slopes,
+        block_table,
+        leftpad_k,
+        seqused_k,
+        low_level_head_dim=True,
+        return_softmax=return_softmax,
+    )
+    scoring = Scoring(
+        softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, dropout_p
+    )
+    packing = Packing(
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        seqused_k,
+        leftpad_k,
+        block_table=block_table,
+    )
+    # zero_tensors asks for defined values in rows that no sequence covers; they have them always.
+    return _native.forward(
+        q,
+        k,
+        v,
+        scoring,
+        packing,
+        deterministic=determinism.is_deterministic(),
+        return_softmax=return_softmax,
+    )
+
+
+@torch.library.custom_op("flash_attn::_attend", mutates_args=())
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    return_softmax: bool,
+    block_table: Tensor | None,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the public functions call: dense or packed, any head dim, determinism per call."""
+    scoring = Scoring(
+        softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, dropout_p
+    )
+    shared = (dropout_p, softmax_scale, softcap, alibi_slopes)
+    packing = _native.DENSE
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        _checks.check_dense(q, k, v, *shared, low_level_head_dim=False, return_softmax=False)
+    else:
+        lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        _checks.check_varlen(
+            *(q, k, v, *lengths, *shared, block_table, None, None),
+            low_level_head_dim=False,
+            return_softmax=False,
+        )
+        packing = Packing(*lengths, block_table=block_table)
+    return _native.forward(
+        q,
+        k,
+        v,
+        scoring,
+        packing,
+        deterministic=deterministic or determinism.is_deterministic(),
+        return_softmax=return_softmax and dropout_p > 0.0,
+    )
+
+
+def _fake_result(q: Tensor, k: Tensor, v: Tensor, packing: Packing, return_softmax: bool) -> Result:
+    _checks.check_same_device(q, k=k, v=v)
+    dmask = _native.s_dmask_shape(q, k, packing) if return_softmax else (0,)
+    return (
+        q.new_empty(q.shape),
+        q.new_empty(_native.lse_shape(q, packing), dtype=torch.float32),
+        q.new_empty(dmask),
+        q.new_empty((2,), dtype=torch.int64),
+    )
+
+
+@_flash_attn_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Result:
+    return _fake_result(q, k, v, _native.DENSE, return_softmax=options[-1])
+
+
+@_flash_attn_varlen_forward.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int = -1,
+    window_size_right: int = -1,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    return_softmax: bool = False,
+    *rest: Any,
+    **named: Any,
+) -> Result:
+    packing = Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return _fake_result(q, k, v, packing, return_softmax)
+
+
+@_attend.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    *options: Any,
+) -> Result:
+    packing = _native.DENSE
+    if cu_seqlens_q is not None:
+        packing = Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return_softmax = options[6] and dropout_p > 0.0
+    return _fake_result(q, k, v, packing, return_softmax)
+
+
+@torch.library.custom_op(
+    "flash_attn::_flash_attn_with_kvcache", mutates_args=("k_cache", "v_cache")
+)
+def _flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
+    cache_seqlens: Tensor | None,
+    cache_batch_idx: Tensor | None,
+    cache_leftpad: Tensor | None,
+    block_table: Tensor | None,
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    rotary_interleaved: bool,
+    alibi_slopes: Tensor | None,
+    num_splits: int,
+) -> tuple[Tensor, Tensor]:
+    """(out, softmax_lse); the caches are written only when new keys are given."""
+    # Queries turn by their own positions under a causal or windowed mask, else all alike. A window
+    # as wide as the cache is none.
+    capacity = _native.DENSE.lengths(q, k_cache)[1]
+    if block_table is not None:
+        capacity *= block_table.shape[1]
+    by_position = causal or any(0 <= w < capacity for w in (window_size_left, window_size_right))
+    _checks.check_kvcache(
+        q,
+        k_cache,
+        v_cache,
+        k,
+        v,
+        rotary_cos,
+        rotary_sin,
+        cache_seqlens,
+        cache_batch_idx,
+        cache_leftpad,
+        block_table,
+        softmax_scale,
+        softcap,
+        alibi_slopes,
+        num_splits,
+        rotate_q_rows=by_position,
+    )
+    packing = Packing(cache_batch_idx=cache_batch_idx, block_table=block_table)
+    lengths = cache_seqlens
+    if lengths is None:
+        lengths = torch.full((q.shape[0],), capacity, dtype=torch.int32, device=q.device)
+    if k is not None and v is not None:
+        q = _native.append(
+            q,
+            k,
+            v,
+            k_cache,
+            v_cache,
+            lengths,
+            packing,
+            rotary_cos,
+            rotary_sin,
+            interleaved=rotary_interleaved,
+            rotate_by_position=by_position,
+        )
+        lengths = lengths + k.shape[1]
+    packing = Packing(
+        seqused_k=lengths,
+        leftpad_k=cache_leftpad,
+        cache_batch_idx=cache_batch_idx,
+        block_table=block_table,
+    )
+    scoring = Scoring(
+        softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes
+    )
+    out, softmax_lse, _, _ = _native.forward(
+        q,
+        k_cache,
+        v_cache,
+        scoring,
+        packing,
+        deterministic=determinism.is_deterministic(),
+        num_splits=num_splits,
+    )
+    return out, softmax_lse
+
+
+@_flash_attn_with_kvcache.register_fake
+def _(q: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, Tensor]:
+    lse = q.new_empty(_native.lse_shape(q, _native.DENSE), dtype=torch.float32)
+    return q.new_empty(q.shape), lse

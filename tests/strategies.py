@@ -1,0 +1,231 @@
+"""Random attention problems for hypothesis, and the accuracy that their results are held to.
+
+hypothesis draws a `Problem`, a handful of small numbers, and shrinks those; the tensors follow from
+its seed. Lengths come in clusters around the edges of the order of arithmetic, 64 keys a block and
+512 keys a segment, because that is where a kernel goes wrong; a budget on multiply-adds trades long
+sequences against many heads, so that the float64 reference stays quick.
+
+Everything that a tensor holds beside the problem (the gaps between rows and heads) is NaN: a kernel
+that reads it as data, even times zero, shows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+from flash_attn.reference import assert_accurate
+
+BLOCK = 64  # keys a block in the cpu family
+SEGMENT = 512  # keys a segment, below position 16384
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LAYOUTS = ("contiguous", "heads_first", "gapped")
+BUDGET = 1 << 24  # multiply-adds of q.k, over all heads and sequences
+
+# A score s enters as exp(s - max), so rounding s in float32 changes its weight by |s| * 2^-24 of
+# itself. PyTorch is as exposed, but on a tiny problem it may be lucky: this is always granted.
+SCORE_NOISE = 4 * 2.0**-24
+
+SHORT = st.integers(1, 9)
+AROUND_BLOCKS = st.builds(lambda n, e: n * BLOCK + e, st.integers(1, 5), st.integers(-1, 1))
+AROUND_SEGMENTS = st.builds(lambda n, e: n * SEGMENT + e, st.integers(1, 3), st.integers(-1, 2))
+LENGTHS = st.one_of(SHORT, AROUND_BLOCKS, st.integers(1, 3 * SEGMENT), AROUND_SEGMENTS)
+HEAD_DIMS = st.one_of(st.sampled_from([32, 64, 96, 128, 192, 256]), st.integers(1, 256))
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One call's shapes and options. `lengths_*` hold one entry per sequence of the batch."""
+
+    lengths_q: tuple[int, ...]
+    lengths_k: tuple[int, ...]
+    h_q: int
+    h_kv: int
+    d: int
+    dtype: torch.dtype
+    layout: str = "contiguous"
+    amplitude: float = 1.0
+    causal: bool = False
+    window_size: tuple[int, int] = (-1, -1)
+    softcap: float = 0.0
+    alibi: str | None = None  # None, "heads": slopes (h_q,), or "batch": slopes (b, h_q)
+    softmax_scale: float | None = None
+    deterministic: bool = False
+    seed: int = 0
+
+    @property
+    def b(self) -> int:
+        return len(self.lengths_q)
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments that the public functions and the reference have in common."""
+        slopes = None
+        if self.alibi is not None:
+            shape = (self.b, self.h_q) if self.alibi == "batch" else (self.h_q,)
+            slopes = torch.rand(shape, generator=self._generator(3)) * 0.5 + 2.0**-8
+        return {
+            "softmax_scale": self.softmax_scale,
+            "causal": self.causal,
+            "window_size": self.window_size,
+            "softcap": self.softcap,
+            "alibi_slopes": slopes,
+        }
+
+    def dense(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q (b, s_q, h_q, d), k and v (b, s_k, h_kv, d) of a problem with equal lengths."""
+        assert len(set(self.lengths_q)) == len(set(self.lengths_k)) == 1
+        q_shape = (self.b, self.lengths_q[0], self.h_q, self.d)
+        k_shape = (self.b, self.lengths_k[0], self.h_kv, self.d)
+        return self._tensor(q_shape, 0), self._tensor(k_shape, 1), self._tensor(k_shape, 2)
+
+    def dense_queries(self) -> torch.Tensor:
+        """q alone, (b, s_q, h_q, d), for calls whose keys lie in a ragged cache."""
+        assert len(set(self.lengths_q)) == 1
+        return self._tensor((self.b, self.lengths_q[0], self.h_q, self.d), 0)
+
+    def packed(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q (total_q, h_q, d), k and v (total_k, h_kv, d): the sequences one after the other."""
+        q_shape = (sum(self.lengths_q), self.h_q, self.d)
+        k_shape = (sum(self.lengths_k), self.h_kv, self.d)
+        return self._tensor(q_shape, 0), self._tensor(k_shape, 1), self._tensor(k_shape, 2)
+
+    def upstream_gradient(self, out: torch.Tensor) -> torch.Tensor:
+        """A gradient for `out`, in the problem's layout."""
+        return self._tensor(tuple(out.shape), 4)
+
+    def _generator(self, stream: int) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed * 8 + stream)
+
+    def _tensor(self, shape: tuple[int, ...], stream: int) -> torch.Tensor:
+        """Normal numbers of the problem's dtype and layout; shape (..., rows, heads, d)."""
+        values = torch.randn(shape, generator=self._generator(stream)) * self.amplitude
+        return laid_out(values.to(self.dtype), self.layout)
+
+
+def laid_out(values: torch.Tensor, layout: str) -> torch.Tensor:
+    """The same values (..., rows, heads, d) under other strides; only the last stride stays 1."""
+    if layout == "contiguous":
+        return values
+    if layout == "heads_first":
+        return values.transpose(-3, -2).contiguous().transpose(-3, -2)
+    rows, heads, d = values.shape[-3:]
+    roomy = torch.full((*values.shape[:-3], rows + 1, heads + 1, d + 3), math.nan)
+    view = roomy.to(values.dtype)[..., :rows, 1:, 1 : d + 1]
+    view.copy_(values)
+    return view
+
+
+def assert_forward_accurate(actual, reference, arguments, options, dtype, label=""):
+    """Hold (out, lse) to twice plain PyTorch's error against `reference` in float64.
+
+    The yardstick for out is PyTorch in `dtype`; for lse it is PyTorch in float32, whatever the
+    inputs, because lse leaves the kernel in float32.
+    """
+    out, lse = actual
+    true_out, true_lse = reference(*arguments, **options)
+    plain_out, _ = reference(*arguments, dtype=dtype, **options)
+    _, plain_lse = reference(*arguments, dtype=torch.float32, **options)
+    assert lse.dtype == torch.float32 and out.dtype == dtype
+    finite = true_lse[true_lse.isfinite()]
+    noise = SCORE_NOISE * (1.0 + (finite.abs().max().item() if finite.numel() else 0.0))
+    largest = true_out.abs().max().item() if true_out.numel() else 0.0
+    assert_accurate(lse, true_lse, plain_lse, atol=noise, label=f"{label} lse")
+    assert_accurate(out, true_out, plain_out, atol=noise * largest, label=f"{label} out")
+
+
+def assert_gradients_accurate(actual, function, problem: Problem, tensors, dout, label=""):
+    """Hold (dq, dk, dv) to twice plain PyTorch's error against autograd in float64.
+
+    `function(q, k, v, dtype=...)` is the reference's output. In dS = P * (dP - delta) both dP and
+    delta, each at most |dout| * |v|, are rounded before they cancel (delta through the stored out).
+    Where a row sees one key the difference is zero and plain PyTorch finds exactly that, so one
+    such rounding is granted.
+    """
+    truth = autograd(lambda *x: function(*x, dtype=torch.float64), tensors, dout)
+    plain = autograd(lambda *x: function(*x, dtype=problem.dtype), tensors, dout)
+    q, k, v = (x.detach().double() for x in tensors)
+    if min(q.numel(), k.numel()) == 0:
+        assert all(torch.count_nonzero(x) == 0 for x in actual)
+        return
+    scale = problem.softmax_scale or problem.d**-0.5
+    delta_noise = torch.finfo(problem.dtype).eps * scale
+    delta_noise *= (dout.double().norm(dim=-1).max() * v.norm(dim=-1).max()).item()
+    atols = (delta_noise * k.abs().max().item(), delta_noise * q.abs().max().item(), 0.0)
+    for name, ours, true, yard, atol in zip(
+        ("dq", "dk", "dv"), actual, truth, plain, atols, strict=True
+    ):
+        assert ours.dtype == problem.dtype
+        assert_accurate(ours, true, yard, atol=atol, label=f"{label} {name}")
+
+
+def autograd(function, tensors, dout):
+    """(dq, dk, dv) of function(q, k, v) for the gradient `dout` of its output."""
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    out = function(*leaves)
+    return torch.autograd.grad(out, leaves, dout.to(out.dtype))
+
+
+@st.composite
+def options(draw: st.DrawFn, s_k: int, softcap: bool = True) -> dict[str, Any]:
+    """Masks and score modifications, each about half of the time."""
+    side = st.one_of(st.integers(0, 4), st.integers(0, s_k + 3), st.just(-1))
+    return {
+        "dtype": draw(st.sampled_from(DTYPES)),
+        "layout": draw(st.sampled_from(LAYOUTS)),
+        "amplitude": draw(st.sampled_from([1.0, 0.25, 3.0])),
+        "causal": draw(st.booleans()),
+        "window_size": draw(st.one_of(st.just((-1, -1)), st.tuples(side, side))),
+        "softcap": draw(st.sampled_from([0.0, 0.0, 1.5, 30.0] if softcap else [0.0])),
+        "alibi": draw(st.sampled_from([None, None, "heads", "batch"])),
+        "softmax_scale": draw(st.sampled_from([None, None, 0.3])),
+        "deterministic": draw(st.booleans()),
+        "seed": draw(st.integers(0, 2**16)),
+    }
+
+
+@st.composite
+def heads(draw: st.DrawFn, most: int) -> dict[str, int]:
+    """Multi-head, grouped and multi-query: at most `most` query heads."""
+    h_kv = draw(st.integers(1, min(3, most)))
+    return {"h_kv": h_kv, "h_q": h_kv * draw(st.integers(1, max(1, min(4, most // h_kv))))}
+
+
+@st.composite
+def dense_problems(draw: st.DrawFn, budget: int = BUDGET, softcap: bool = True) -> Problem:
+    """A batch of equal lengths."""
+    d = draw(HEAD_DIMS)
+    s_k = draw(LENGTHS)
+    s_q = min(draw(LENGTHS), max(1, budget // (s_k * d)))
+    b = draw(st.integers(1, max(1, min(3, budget // (s_q * s_k * d)))))
+    return Problem(
+        lengths_q=(s_q,) * b,
+        lengths_k=(s_k,) * b,
+        d=d,
+        **draw(heads(max(1, budget // (b * s_q * s_k * d)))),
+        **draw(options(s_k, softcap)),
+    )
+
+
+@st.composite
+def varlen_problems(draw: st.DrawFn, budget: int = BUDGET, softcap: bool = True) -> Problem:
+    """A pack of up to five ragged sequences, some of them empty on either side."""
+    d = draw(HEAD_DIMS)
+    length = st.one_of(LENGTHS, SHORT, st.just(0))
+    pairs = []
+    left = budget // d
+    for s_q, s_k in draw(st.lists(st.tuples(length, length), min_size=1, max_size=5)):
+        s_q = min(s_q, max(1, left // max(1, s_k)))
+        left = max(0, left - s_q * s_k)
+        pairs.append((s_q, s_k))
+    work = sum(s_q * s_k for s_q, s_k in pairs) * d
+    return Problem(
+        lengths_q=tuple(s_q for s_q, _ in pairs),
+        lengths_k=tuple(s_k for _, s_k in pairs),
+        d=d,
+        **draw(heads(max(1, budget // max(1, work)))),
+        **draw(options(max(s_k for _, s_k in pairs), softcap)),
+    )

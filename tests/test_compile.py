@@ -1,0 +1,241 @@
+"""torch.compile changes no byte of attention; the mode is read when an op runs, by its thread."""
+
+import asyncio
+import threading
+
+import pytest
+import torch
+
+import flash_attn
+from flash_attn import (
+    flash_attn_func,
+    flash_attn_varlen_func,
+    flash_attn_with_kvcache,
+)
+from flash_attn.testing import (
+    assert_bitwise_equal,
+    bitwise_equal,
+    random_normal,
+)
+
+backends = pytest.mark.parametrize(
+    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)
+
+# 33 blocks of keys, 5 segments of the contract.  A single head in a single sequence leaves threads
+# idle, so the standard mode splits the keys its own way and the two modes differ in bytes.
+DECODE_KEYS = 2100
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """Compiled code of another test must not be reused, nor its recompilations counted here."""
+    torch.compiler.reset()
+
+
+class Attention(torch.nn.Module):
+    """Projection, then the same causal attention as a dense batch and as a pack."""
+
+    def __init__(self, embed_dim: int, num_heads: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.projection = torch.nn.Linear(embed_dim, 3 * embed_dim, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        b, s, _ = x.shape
+        q, k, v = self.projection(x).view(b, s, 3, self.num_heads, -1).unbind(2)
+        return q, k, v, *attend(q, k, v)
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    b, s = q.shape[:2]
+    cu_seqlens = torch.arange(0, (b + 1) * s, s, dtype=torch.int32, device=q.device)
+    packed = flash_attn_varlen_func(
+        *(x.flatten(0, 1) for x in (q, k, v)), cu_seqlens, cu_seqlens, s, s, causal=True
+    )
+    return flash_attn_func(q, k, v, causal=True), packed.unflatten(0, (b, s))
+
+
+@backends
+@pytest.mark.parametrize("head_dim", [32, 20], ids=["d32", "d20 is padded"])
+def test_a_compiled_model_gives_the_bytes_of_eager_attention(backend, head_dim):
+    """Compared on the compiled model's own q, k, v: its projection may round as it likes."""
+    model = Attention(2 * head_dim, num_heads=2, dtype=torch.bfloat16)
+    x = random_normal((2, 150, 2 * head_dim), seed=0, dtype=torch.bfloat16)
+    q, k, v, dense, packed = torch.compile(model, fullgraph=True, backend=backend)(x)
+    for out, expected in zip((dense, packed), attend(q, k, v), strict=True):
+        assert_bitwise_equal(out, expected)
+    assert_bitwise_equal(dense, packed)
+
+
+@backends
+def test_compiled_gradients_have_the_bytes_of_eager_ones(backend):
+    """Doubling is exact, so nothing around attention can round."""
+
+    def function(x):
+        dense, packed = attend(x * 2, x * 4, x)
+        return dense + packed
+
+    x = random_normal((2, 150, 2, 32), seed=0).requires_grad_()
+    dout = random_normal((2, 150, 2, 32), seed=1)
+    out = torch.compile(function, fullgraph=True, backend=backend)(x)
+    assert_bitwise_equal(out, function(x))
+    (grad,) = torch.autograd.grad(out, x, dout)
+    (expected,) = torch.autograd.grad(function(x), x, dout)
+    assert_bitwise_equal(grad, expected)
+
+
+@backends
+def test_a_compiled_decode_step_appends_to_the_cache(backend):
+    def step(q, k, v, k_cache, v_cache, cache_seqlens, cos, sin):
+        return flash_attn_with_kvcache(
+            q, k_cache, v_cache, k, v, cos, sin, cache_seqlens, causal=True
+        )
+
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    cos, sin = random_normal((96, 16), seed=5), random_normal((96, 16), seed=6)
+    cache_seqlens = torch.tensor([70, 3], dtype=torch.int32)
+    caches = [random_normal((2, 96, 2, 32), seed=seed) for seed in (3, 4)]
+    expected_caches = [cache.clone() for cache in caches]
+    for seed in (10, 20):  # the second call finds what the first one wrote
+        q, k, v = (random_normal((2, 1, h, 32), seed=seed + h) for h in (4, 2, 2))
+        out = compiled(q, k, v, *caches, cache_seqlens, cos, sin)
+        expected = step(q, k, v, *expected_caches, cache_seqlens, cos, sin)
+        assert_bitwise_equal(out, expected)
+        for cache, expected_cache in zip(caches, expected_caches, strict=True):
+            assert_bitwise_equal(cache, expected_cache)
+        cache_seqlens = cache_seqlens + 1
+
+
+def decode_inputs() -> list[torch.Tensor]:
+    shapes = [(1, 1, 1, 64), (1, DECODE_KEYS, 1, 64), (1, DECODE_KEYS, 1, 64)]
+    return [random_normal(shape, seed=seed) for seed, shape in enumerate(shapes)]
+
+
+def decode_in_both_modes() -> dict[bool, torch.Tensor]:
+    """The bytes of either mode; that they differ is what the tests below stand on."""
+    out = {}
+    for mode in (False, True):
+        with flash_attn.deterministic(mode):
+            out[mode] = flash_attn_func(*decode_inputs())
+    assert not bitwise_equal(out[True], out[False]), "the two modes must differ for this shape"
+    return out
+
+
+@backends
+def test_toggling_the_mode_between_two_calls_of_compiled_code_takes_effect(backend):
+    expected, inputs = decode_in_both_modes(), decode_inputs()
+    compiled = torch.compile(flash_attn_func, fullgraph=True, backend=backend)
+    for mode in (False, True, False):
+        flash_attn.set_deterministic(mode)
+        assert_bitwise_equal(compiled(*inputs), expected[mode], f"out with {mode=}")
+    with flash_attn.deterministic():
+        assert_bitwise_equal(compiled(*inputs), expected[True], "out inside deterministic()")
+    assert_bitwise_equal(compiled(*inputs), expected[False], "out after deterministic()")
+    torch.use_deterministic_algorithms(True)
+    assert_bitwise_equal(compiled(*inputs), expected[True], "out with PyTorch's own switch")
+
+
+def test_asking_in_the_call_itself_survives_compilation():
+    expected, inputs = decode_in_both_modes(), decode_inputs()
+    compiled = torch.compile(flash_attn_func, fullgraph=True, backend="aot_eager")
+    flash_attn.set_deterministic(False)
+    for mode in (True, False, True):
+        assert_bitwise_equal(compiled(*inputs, deterministic=mode), expected[mode])
+
+
+def test_the_context_manager_is_for_its_own_thread():
+    """While one is inside, another computes in standard mode; set_deterministic is for all."""
+    expected, inputs = decode_in_both_modes(), decode_inputs()
+    flash_attn.set_deterministic(False)
+    is_inside, may_leave = threading.Event(), threading.Event()
+    seen = {}
+
+    def inside():
+        with flash_attn.deterministic():
+            is_inside.set()
+            seen["inside"] = (flash_attn.is_deterministic(), flash_attn_func(*inputs))
+            may_leave.wait(timeout=60)
+
+    thread = threading.Thread(target=inside)
+    thread.start()
+    assert is_inside.wait(timeout=60)
+    seen["outside"] = (flash_attn.is_deterministic(), flash_attn_func(*inputs))
+    flash_attn.set_deterministic(True)
+    seen["told all"] = (flash_attn.is_deterministic(), flash_attn_func(*inputs))
+    may_leave.set()
+    thread.join()
+    for where, mode in (("inside", True), ("outside", False), ("told all", True)):
+        assert seen[where][0] is mode
+        assert_bitwise_equal(seen[where][1], expected[mode], where)
+
+
+def test_the_context_manager_is_for_its_own_task():
+    """Two asyncio tasks take turns in one thread, each inside its own mode."""
+
+    async def task(mode: bool) -> list[bool]:
+        seen = []
+        with flash_attn.deterministic(mode):
+            for _ in range(3):
+                seen.append(flash_attn.is_deterministic())
+                await asyncio.sleep(0)
+        return seen
+
+    async def both() -> list[list[bool]]:
+        return await asyncio.gather(task(True), task(False))
+
+    assert asyncio.run(both()) == [[True] * 3, [False] * 3]
+
+
+def test_modes_nest_and_an_exception_leaves_none_behind():
+    flash_attn.set_deterministic(False)
+    with flash_attn.deterministic():
+        with flash_attn.deterministic(False):
+            assert not flash_attn.is_deterministic()
+        assert flash_attn.is_deterministic()
+    with pytest.raises(ValueError, match="boom"), flash_attn.deterministic():
+        raise ValueError("boom")
+    assert not flash_attn.is_deterministic()
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "aot_eager"])
+@pytest.mark.parametrize("mode", [False, True], ids=["standard", "deterministic"])
+def test_backward_runs_in_the_mode_of_its_forward(mode, compiled):
+    """Toggled between the two, on another thread that has a mode of its own.
+
+    Gradients follow the forward's out and lse, so the two modes' gradients differ here.
+    """
+    function = flash_attn_func
+    if compiled:
+        function = torch.compile(flash_attn_func, fullgraph=True, backend="aot_eager")
+    inputs = [x.requires_grad_() for x in decode_inputs()]
+    dout = random_normal((1, 1, 1, 64), seed=9)
+    expected = {}
+    for either in (False, True):
+        with flash_attn.deterministic(either):
+            expected[either] = torch.autograd.grad(flash_attn_func(*inputs), inputs, dout)
+    assert not all(map(bitwise_equal, expected[True], expected[False]))
+
+    flash_attn.set_deterministic(mode)
+    out = function(*inputs)
+    flash_attn.set_deterministic(not mode)
+    gradients = []
+
+    def backward():
+        with flash_attn.deterministic(not mode):
+            gradients.extend(torch.autograd.grad(out, inputs, dout))
+
+    thread = threading.Thread(target=backward)
+    thread.start()
+    thread.join()
+    for gradient, wanted in zip(gradients, expected[mode], strict=True):
+        assert_bitwise_equal(gradient, wanted)
+
+
+def test_a_forward_leaves_its_mode_in_rng_state_for_the_backward():
+    """In bit 62 of the offset; a state without dropout holds nothing else."""
+    options = (0.0, 0.125, False, -1, -1, 0.0, None, False)
+    for mode in (False, True):
+        with flash_attn.deterministic(mode):
+            *_, rng_state = torch.ops.flash_attn._flash_attn_forward(*decode_inputs(), *options)
+        assert rng_state.tolist() == [0, mode << 62]

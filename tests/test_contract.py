@@ -1,0 +1,492 @@
+"""The row contract's two lemmas, and what must not reach a bit: machine, threads, environment.
+
+Neutral element: a block or segment in which a row sees nothing leaves its state as it was.
+Row independence: a row's bits do not depend on the rows that it is computed together with.
+
+All comparisons are on bytes, in deterministic mode; standard mode is the control that differs.
+"""
+
+import hashlib
+import itertools
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import BLOCK, DTYPES, SEGMENT, Problem, autograd, dense_problems, varlen_problems
+
+from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from flash_attn.determinism import deterministic, explain, forward_partials, reduce_partials
+from flash_attn.testing import (
+    assert_bitwise_equal,
+    bitwise_equal,
+    cumulative_lengths,
+    page_table,
+    paged_rows,
+    random_normal,
+)
+
+# 1100 keys: 17 blocks and a bit in two segments and a bit. 70: one block and a bit.
+LONG, SHORT = 2 * SEGMENT + BLOCK + 12, BLOCK + 6
+FEATURES = {
+    "plain": {},
+    "causal": {"causal": True},
+    "window": {"window_size": (100, 0)},
+    "softcap": {"causal": True, "softcap": 5.0},
+    "alibi": {"causal": True, "alibi_slopes": torch.tensor([0.5, 0.01, 0.125, 0.002])},
+}
+PREFIX_FEATURES = [name for name in FEATURES if name != "plain"]  # no row looks ahead
+POISONS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf, "huge": 3e38, "zero": 0.0}
+
+
+@pytest.fixture(autouse=True)
+def deterministic_mode():
+    with deterministic():
+        yield
+
+
+def run(q, k, v, **options):
+    """(out, lse) of the dense function."""
+    return flash_attn_func(q, k, v, return_attn_probs=True, **options)[:2]
+
+
+def assert_same(actual, expected, label=""):
+    """Byte equality of two tuples (out, lse) or (dq, dk, dv)."""
+    names = ("out", "lse") if len(expected) == 2 else ("dq", "dk", "dv")
+    for name, a, e in zip(names, actual, expected, strict=True):
+        assert_bitwise_equal(a, e, f"{name} {label}")
+
+
+def rows(result, begin, end):
+    """Query rows [begin, end) of (out, lse)."""
+    return result[0][:, begin:end], result[1][:, :, begin:end]
+
+
+# ---- Neutral element: keys that a row does not see ----
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("feature", PREFIX_FEATURES)
+def test_later_keys_are_neutral(feature, dtype):
+    """Row i of a prefill has the bytes of row i of a sequence that ends there, wherever that is."""
+    q, k, v = Problem((LONG,), (LONG,), 4, 2, 24, dtype).dense()
+    whole = run(q, k, v, **FEATURES[feature])
+    for end in (1, 7, 64, 65, 511, 512, 513, 700, 1025, 1099):
+        begin = max(0, end - 9)
+        chunk = run(q[:, begin:end], k[:, :end], v[:, :end], **FEATURES[feature])
+        assert_same(chunk, rows(whole, begin, end), f"of rows {begin}..{end}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_keys_before_the_window_are_neutral(dtype):
+    """Whole segments and parts of blocks left of the window hold anything finite: same bytes."""
+    q, k, v = Problem((40,), (LONG,), 4, 2, 24, dtype).dense()
+    expected = run(q, k, v, window_size=(50, 0))
+    first_seen = LONG - 40 - 50
+    for value in (0.0, 1000.0, -1000.0):
+        k[:, :first_seen], v[:, :first_seen] = value, -value
+        assert_same(run(q, k, v, window_size=(50, 0)), expected, f"behind {value}")
+
+
+@pytest.mark.parametrize("feature", PREFIX_FEATURES)
+def test_later_rows_without_gradient_are_neutral(feature):
+    """dq of a row ends with its own keys; a later query with dout = 0 adds nothing to dk and dv."""
+    problem = Problem((LONG,), (LONG,), 4, 2, 24, torch.float32)
+    tensors, dout = problem.dense(), problem.upstream_gradient(problem.dense()[0])
+    dout[:, 600:] = 0.0
+
+    def attend(q, k, v):
+        return flash_attn_func(q, k, v, **FEATURES[feature])
+
+    whole = autograd(attend, tensors, dout)
+    for end in (600, 640, 1025):
+        part = autograd(attend, [x[:, :end] for x in tensors], dout[:, :end])
+        assert_same(part, [x[:, :end] for x in whole], f"of the first {end}")
+        assert all(torch.count_nonzero(x[:, end:]) == 0 for x in whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_zero_keeps_its_sign(dtype):
+    """A product that underflows to -0 ends as +0, with and without masked keys behind it."""
+    q, k, v = (torch.zeros(1, SHORT, 1, 16, dtype=dtype) for _ in range(3))
+    q[..., 0], k[:, 0, :, 0] = 1.0, 80.0  # key 0 weighs 1, key 1 about 1e-35
+    v[:, 1], v[:, 2:] = -1e-30, 1.0
+    dout = torch.full_like(v, 1e-30)
+    for end in (2, 17, SHORT):
+        tensors = [x[:, :end] for x in (q, k, v)]
+        out = run(*tensors, softmax_scale=1.0, causal=True)[0]
+        assert_bitwise_equal(out[:, 1:2], torch.zeros_like(out[:, :1]), f"{end} keys")
+        dq = autograd(lambda *x: flash_attn_func(*x, causal=True), tensors, dout[:, :end])[0]
+        assert not (torch.signbit(dq) & (dq == 0)).any()
+
+
+# ---- Neutral element: bytes beyond the sequence ----
+
+
+def poisoned(values, poison):
+    """A tensor of the same shape full of one value; `huge` is the dtype's largest."""
+    return torch.full_like(values, min(POISONS[poison], torch.finfo(values.dtype).max))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("poison", POISONS)
+def test_unused_bytes_reach_no_row(poison, dtype):
+    """Page tails, spare pages, unused cache rows, left padding, neighbours in a pack."""
+    lengths, s_q = (SEGMENT + 9, 3, 0, 70), 5
+    q = random_normal((4, s_q, 4, 24), seed=0).to(dtype)
+    parts = [[random_normal((n, 2, 24), seed=s).to(dtype) for n in lengths] for s in (1, 2)]
+    seqlens = torch.tensor(lengths, dtype=torch.int32)
+    fill = min(POISONS[poison], torch.finfo(dtype).max)
+
+    def cache(pad, fill):
+        caches = []
+        for sequences in parts:
+            x = torch.full((4, 600, 2, 24), fill, dtype=dtype)
+            for b, keys in enumerate(sequences):
+                x[b, pad : pad + len(keys)] = keys
+            caches.append(x)
+        leftpad = torch.full((4,), pad, dtype=torch.int32)
+        options = {"cache_seqlens": seqlens + pad, "cache_leftpad": leftpad if pad else None}
+        return flash_attn_with_kvcache(q, *caches, causal=True, return_softmax_lse=True, **options)
+
+    expected = cache(0, 0.0)
+    assert expected[0][3].isfinite().all() and torch.count_nonzero(expected[0][3]) > 0
+    assert_same(cache(0, fill), expected, "beside unused cache rows")
+    assert_same(cache(11, fill), expected, "behind left padding")
+    for page in (1, 48):
+        table, num_pages = page_table(lengths, page, seed=page)
+        pages = [paged_rows(x, table, num_pages, page, fill=fill) for x in parts]
+        paged = flash_attn_with_kvcache(
+            q, *pages, cache_seqlens=seqlens, block_table=table, causal=True,
+            return_softmax_lse=True,
+        )  # fmt: skip
+        assert_same(paged, expected, f"in pages of {page}")
+    for b in range(4):  # everything else in the pack is poison: neighbours before and behind
+        packed_k, packed_v = (
+            torch.cat([x if n == b else poisoned(x, poison) for n, x in enumerate(sequences)])
+            for sequences in parts
+        )
+        packed_q = torch.cat([x if n == b else poisoned(x, poison) for n, x in enumerate(q)])
+        cu_q, cu_k = cumulative_lengths([s_q] * 4), cumulative_lengths(lengths)
+        out, lse, _ = flash_attn_varlen_func(
+            packed_q, packed_k, packed_v, cu_q, cu_k, s_q, max(lengths), causal=True,
+            return_attn_probs=True,
+        )  # fmt: skip
+        mine = slice(b * s_q, (b + 1) * s_q)
+        assert_same((out[mine], lse[:, mine]), (expected[0][b], expected[1][b]), f"pack, {b}")
+
+
+@pytest.mark.parametrize("poison", ["nan", "inf", "huge"])
+def test_gradients_beside_poisoned_sequences(poison):
+    """dq, dk and dv of a sequence do not notice what its neighbours in the pack hold."""
+    lengths = (SHORT, 130, 9)
+    problem = Problem(lengths, lengths, 4, 2, 24, torch.float32)
+    tensors, dout = problem.packed(), problem.upstream_gradient(problem.packed()[0])
+    cu = cumulative_lengths(lengths)
+
+    def attend(q, k, v):
+        return flash_attn_varlen_func(q, k, v, cu, cu, 130, 130, causal=True)
+
+    expected = autograd(attend, tensors, dout)
+    for b in range(3):
+        mine = slice(int(cu[b]), int(cu[b + 1]))
+        alone = []
+        for x in (*tensors, dout):
+            alone.append(poisoned(x, poison))
+            alone[-1][mine] = x[mine]
+        actual = autograd(attend, alone[:3], alone[3])
+        assert_same([x[mine] for x in actual], [x[mine] for x in expected], f"of sequence {b}")
+
+
+# ---- Row independence ----
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("s_q", [2, 5, 6, 7, 13, 100, 211])
+def test_rows_in_any_order(s_q, dtype):
+    """Without a mask, permuted queries give permuted bytes: out, lse and dq."""
+    problem = Problem((s_q,), (SEGMENT + SHORT,), 4, 2, 24, dtype)
+    q, k, v = problem.dense()
+    dout = problem.upstream_gradient(q)
+    order = torch.randperm(s_q, generator=torch.Generator().manual_seed(s_q))
+    out, lse = run(q, k, v)
+    assert_same(run(q[:, order], k, v), (out[:, order], lse[:, :, order]), "permuted")
+    dq = autograd(flash_attn_func, (q, k, v), dout)[0]
+    moved = autograd(flash_attn_func, (q[:, order], k, v), dout[:, order])[0]
+    assert_bitwise_equal(moved, dq[:, order], "dq")
+
+
+@pytest.mark.parametrize("stranger", [0.0, 1e4, math.inf, math.nan])
+def test_rows_among_strangers(stranger):
+    """A row keeps its bytes when every other row and every other head is replaced, even by NaN."""
+    problem = Problem((30,), (SEGMENT + SHORT,), 6, 2, 24, torch.float32)
+    q, k, v = problem.dense()
+    dout = problem.upstream_gradient(q)
+    expected = run(q, k, v, causal=True)
+    dq = autograd(lambda *x: flash_attn_func(*x, causal=True), (q, k, v), dout)[0]
+    for row, head in ((0, 0), (3, 1), (11, 2), (12, 5), (29, 3)):
+        others, other_dout = torch.full_like(q, stranger), torch.full_like(dout, stranger)
+        others[:, row, head], other_dout[:, row, head] = q[:, row, head], dout[:, row, head]
+        out, lse = run(others, k, v, causal=True)
+        assert_bitwise_equal(out[0, row, head], expected[0][0, row, head], f"out {row}, {head}")
+        assert_bitwise_equal(lse[0, head, row], expected[1][0, head, row], f"lse {row}, {head}")
+        moved = autograd(lambda *x: flash_attn_func(*x, causal=True), (others, k, v), other_dout)[0]
+        assert_bitwise_equal(moved[0, row, head], dq[0, row, head], f"dq {row}, {head}")
+
+
+@given(varlen_problems(1 << 21), st.randoms(use_true_random=False))
+def test_sequences_in_any_company(problem, random):
+    """Each sequence of a random pack, alone: out, lse and all three gradients."""
+    tensors, options = problem.packed(), problem.options()
+    cu_q, cu_k = cumulative_lengths(problem.lengths_q), cumulative_lengths(problem.lengths_k)
+    extents = (cu_q, cu_k, max(problem.lengths_q), max(problem.lengths_k))
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    out, lse, _ = flash_attn_varlen_func(*leaves, *extents, return_attn_probs=True, **options)
+    dout = problem.upstream_gradient(out)
+    grads = torch.autograd.grad(out, leaves, dout)
+    b = random.randrange(problem.b)
+    queries, keys = slice(*cu_q[b : b + 2].tolist()), slice(*cu_k[b : b + 2].tolist())
+    if problem.alibi == "batch":
+        options["alibi_slopes"] = options["alibi_slopes"][b : b + 1]
+    alone = [x[None, part].detach().requires_grad_() for x, part in
+             zip(tensors, (queries, keys, keys), strict=True)]  # fmt: skip
+    alone_out, alone_lse = run(*alone, **options)
+    assert_same((alone_out[0], alone_lse[0]), (out[queries], lse[:, queries]), f"of sequence {b}")
+    alone_grads = torch.autograd.grad(alone_out, alone, dout[None, queries])
+    expected = [x[part] for x, part in zip(grads, (queries, keys, keys), strict=True)]
+    assert_same([x[0] for x in alone_grads], expected, f"of sequence {b}")
+
+
+# ---- What must not reach a bit ----
+
+DIGEST_PROGRAM = """
+import sys, torch
+sys.path[:0] = [{tests!r}]
+import test_contract
+print(torch.ops.flash_attn_native.cpu_isa(), test_contract.digest_of_everything())
+"""
+
+
+def digest_of_everything():
+    """sha256 over out, lse and gradients of a fixed set of problems with every feature."""
+    digest = hashlib.sha256()
+
+    def add(*tensors):
+        for x in tensors:
+            digest.update(x.detach().contiguous().view(torch.uint8).numpy().tobytes())
+
+    with deterministic():
+        for n, (dtype, (name, options)) in enumerate(
+            (dtype, feature) for dtype in DTYPES for feature in FEATURES.items()
+        ):
+            d = (40, 64, 17, 128, 255)[n % 5]
+            q, k, v = Problem((90,), (SEGMENT + SHORT,), 4, 2, d, dtype, amplitude=2.0).dense()
+            leaves = [x.requires_grad_() for x in (q, k, v)]
+            out, lse = run(*leaves, **options)
+            add(
+                out,
+                lse,
+                *torch.autograd.grad(out, leaves, random_normal(out.shape, seed=n).to(dtype)),
+            )
+            if name != "softcap":
+                torch.manual_seed(n)
+                add(*flash_attn_func(q, k, v, 0.2, return_attn_probs=True, **options)[:2])
+            add(*run(q[:, :1].detach(), k.detach(), v.detach()))
+            bad_k = k.detach().clone()
+            bad_k[0, 5], bad_k[0, 300] = math.nan, math.inf
+            add(*run(q.detach(), bad_k, v.detach(), **options))
+            add(*run(q.detach() * 1e3, k.detach() * 1e3, v.detach(), **options))
+    return digest.hexdigest()
+
+
+def test_instruction_sets_agree():
+    """generic, AVX2 and AVX-512 code give the same bytes, each in a process of its own."""
+    digests = {}
+    for isa in ("generic", "avx2", "avx512"):
+        program = DIGEST_PROGRAM.format(tests=os.path.dirname(__file__))
+        environment = os.environ | {"FLASH_ATTN_CPU_ISA": isa}
+        result = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr
+        used, digest = result.stdout.split()
+        digests[used] = digest
+    if len(digests) == 1:
+        pytest.skip(f"this machine runs the {next(iter(digests))} code only")
+    assert len(set(digests.values())) == 1, digests
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_threads_do_not_matter(feature):
+    """1, 2, 3 and 5 threads: a prefill with gradients, and a decode that is cut into segments."""
+    problem = Problem((SHORT, SHORT), (LONG, LONG), 4, 2, 24, torch.float32)
+    q, k, v = (x.requires_grad_() for x in problem.dense())
+    dout = problem.upstream_gradient(q)
+    expected = None
+    for threads in (1, 2, 3, 5):
+        torch.set_num_threads(threads)
+        out, lse = run(q, k, v, **FEATURES[feature])
+        grads = torch.autograd.grad(out, (q, k, v), dout)
+        decoded = run(q[:1, -1:], k[:1], v[:1], **FEATURES[feature])
+        result = (out, lse, *grads, *decoded)
+        expected = expected or result
+        for n, (actual, first) in enumerate(zip(result, expected, strict=True)):
+            assert_bitwise_equal(actual, first, f"result {n} on {threads} threads")
+
+
+def test_flushing_subnormals_does_not_matter():
+    """torch.set_flush_denormal(True) changes PyTorch's own products, and none of ours."""
+    q, k, v = (torch.zeros(1, SHORT, 2, 16) for _ in range(3))
+    q[..., 0] = 1.0
+    k[:, 0, :, 0] = 87.5  # the other keys weigh 2^-126.2: subnormal
+    v[:, 1:], v[:, 0] = 1e30, 1e-39
+    tiny = torch.rand(1, 2, 2, 16) * 1e-39
+    dout = torch.full_like(q, 1e-39)
+
+    def everything():
+        out, lse = run(q, k, v, softmax_scale=1.0)
+        tiny_out, _ = run(q, k, tiny.expand(1, SHORT // 2, 2, 2, 16).reshape(v.shape))
+        grads = autograd(lambda *x: flash_attn_func(*x, softmax_scale=1.0), (q, k, v), dout)
+        partials = forward_partials(q, k, v, softmax_scale=1.0)
+        return out, lse, tiny_out, *grads, *reduce_partials(partials, torch.float32)
+
+    expected = everything()
+    smallest_normal = torch.finfo(torch.float32).tiny
+    assert ((expected[2] != 0) & (expected[2].abs() < smallest_normal)).any()
+    assert (expected[0] > 1e-9).any(), "a subnormal weight must be visible in the result"
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush subnormals")
+    try:
+        assert (torch.tensor([1e-39]) * 1.0).item() == 0.0, "the control: PyTorch does flush"
+        flushed = [x.clone() for x in everything()]
+    finally:
+        torch.set_flush_denormal(False)
+    for n, (actual, wanted) in enumerate(zip(flushed, expected, strict=True)):
+        assert_bitwise_equal(actual, wanted, f"result {n}")
+
+
+def test_standard_mode_is_the_control():
+    """Standard mode does depend on the batch, so the comparisons in this file can fail."""
+    q, k, v = Problem((1,) * 8, (LONG,) * 8, 2, 2, 32, torch.float32).dense()
+    with deterministic(False):
+        together, alone = run(q, k, v), run(q[:1], k[:1], v[:1])
+    assert not bitwise_equal(together[0][:1], alone[0])
+    together, alone = run(q, k, v), run(q[:1], k[:1], v[:1])
+    assert_same(alone, (together[0][:1], together[1][:1]))
+
+
+# ---- Segments and their reduction ----
+
+
+@given(st.integers(1, 300_000), st.integers(1, 300_000))
+def test_boundaries_are_a_property_of_the_position(short, long):
+    """Ascending multiples of the block; a prefix's boundaries are a prefix of the whole's."""
+    short, long = sorted((short, long))
+    few = explain(1, short, 1, 1, 64, torch.float32, deterministic=True)
+    many = explain(7, long, 4, 2, 64, torch.float32, b=3, deterministic=True)
+    assert few.block == many.block == BLOCK
+    begins = [x for x in many.boundaries if x < long]
+    assert [x for x in few.boundaries if x < short] == [x for x in begins if x < short]
+    assert begins[0] == 0 and all(x % BLOCK == 0 for x in begins)
+    steps = [b - a for a, b in itertools.pairwise(begins)]
+    assert steps == [512 if x < 16384 else 1024 if x < 65536 else 4096 for x in begins[:-1]]
+
+
+@given(dense_problems(1 << 22), st.sampled_from([0, 1, 2, 5]), st.integers(-4, 12))
+def test_reduction_in_pytorch_is_the_fused_one(problem, num_splits, exponent):
+    """forward_partials and reduce_partials give the bytes of the fused call, in both modes."""
+    q, k, v = problem.dense()
+    k = k * 2.0**exponent  # scores from nearly equal to one-hot, beyond the fold's cut-off
+    with deterministic(problem.deterministic):
+        partials = forward_partials(q, k, v, num_splits=num_splits, **problem.options())
+        fused = flash_attn_with_kvcache(
+            q, k, v, num_splits=num_splits, return_softmax_lse=True, **problem.options()
+        )
+    assert_same(reduce_partials(partials, problem.dtype), fused, "reduced in PyTorch")
+
+
+@given(varlen_problems(1 << 21))
+def test_reduction_of_a_pack(problem):
+    """The same for packs; out (n, total_q, h_q, d), max_log2 and sum (n, h_q, total_q)."""
+    q, k, v = problem.packed()
+    cu_q, cu_k = cumulative_lengths(problem.lengths_q), cumulative_lengths(problem.lengths_k)
+    extents = (cu_q, cu_k, max(problem.lengths_q), max(problem.lengths_k))
+    fused = flash_attn_varlen_func(q, k, v, *extents, return_attn_probs=True, **problem.options())
+    partials = forward_partials(
+        q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=extents[2],
+        max_seqlen_k=extents[3], **problem.options(),
+    )  # fmt: skip
+    assert partials.out.shape[1:] == q.shape and partials.sum.shape[1:] == fused[1].shape
+    assert_same(reduce_partials(partials, problem.dtype), fused[:2], "reduced in PyTorch")
+
+
+@pytest.mark.parametrize("apart", [1, 24, 125, 126, 127, 200, 1000])
+@pytest.mark.parametrize("dominant", [0, SEGMENT])
+def test_fold_of_distant_segments(apart, dominant):
+    """Two segments whose maxima lie 2^apart apart; what is 2^-127 and below counts as nothing."""
+    q, k, v = (torch.zeros(1, n, 1, 16) for n in (1, 2 * SEGMENT, 2 * SEGMENT))
+    q[..., 0] = 1.0
+    k[:, dominant, :, 0] = apart
+    other = SEGMENT - dominant
+    v[:, other] = 1e37  # visible even under a weight of 2^-126
+    with_ln2 = {"softmax_scale": math.log(2.0)}
+    out, lse = run(q, k, v, **with_ln2)
+    assert_same(reduce_partials(forward_partials(q, k, v, **with_ln2), torch.float32), (out, lse))
+    others = 2 * SEGMENT - 1  # keys of weight 2^-apart beside the dominant one
+    weight = 2.0**-apart / (1.0 + others * 2.0**-apart)
+    expected = 1e37 * weight if apart <= 126 else 0.0
+    torch.testing.assert_close(out, torch.full_like(out, expected))
+
+
+def test_partials_say_what_each_segment_saw():
+    """A segment that a row does not see has max_log2 = -inf, sum = 0, out = 0."""
+    q, k, v = Problem((10,), (LONG,), 2, 1, 16, torch.float32).dense()
+    partials = forward_partials(q, k, v, window_size=(40, 0))
+    assert partials.out.shape == (3, 1, 10, 2, 16) and partials.out.dtype == torch.float32
+    assert partials.max_log2.shape == partials.sum.shape == (3, 1, 2, 10)
+    assert partials.max_log2[0].isneginf().all() and partials.max_log2[2].isfinite().all()
+    assert torch.count_nonzero(partials.sum[0]) == torch.count_nonzero(partials.out[0]) == 0
+    seen = partials.max_log2.isfinite()
+    assert torch.equal(partials.max_log2[seen], partials.max_log2[seen].round())
+
+
+# ---- Infinities and NaN ----
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("at", [0, 3, 15, 16, 63, 64, 600])
+@pytest.mark.parametrize("which", ["k", "v"])
+def test_nan_reaches_the_rows_that_see_it(which, at, dtype):
+    """A NaN in a visible key or value makes NaN of every row that sees it, and of no other lse."""
+    q, k, v = Problem((640,), (640,), 2, 2, 24, dtype).dense()
+    (k if which == "k" else v)[0, at, 1, 7] = math.nan
+    for window in ((-1, 0), (0, 0)):
+        out, lse = run(q, k, v, window_size=window)
+        seeing = slice(at, None) if window[0] < 0 else slice(at, at + 1)
+        columns = slice(None) if which == "k" else slice(7, 8)
+        assert out[0, seeing, 1, columns].isnan().all(), window
+        assert out[0, :, 0].isfinite().all(), "the other head"
+        if which == "k":
+            assert lse[0, 1, seeing].isnan().all(), window
+        not_seeing = torch.ones(640, dtype=torch.bool)
+        not_seeing[seeing] = which == "v"  # a value does not enter lse
+        assert lse[0, 1, not_seeing].isfinite().all() and lse[0, 0].isfinite().all()
+        earlier_blocks = at // BLOCK * BLOCK
+        assert out[0, :earlier_blocks].isfinite().all()
+        partials = forward_partials(q, k, v, window_size=window)
+        assert_same(reduce_partials(partials, dtype), (out, lse), f"reduced, {window}")
+
+
+def test_infinite_values():
+    """An infinity in a visible value is an infinity of that sign; both signs make NaN."""
+    q, k, v = Problem((3,), (SEGMENT + SHORT,), 2, 2, 16, torch.float32).dense()
+    v[0, 5, :, 0], v[0, 550, :, 1] = math.inf, -math.inf
+    v[0, 6, :, 2], v[0, 560, :, 2] = math.inf, -math.inf
+    out, lse = run(q, k, v)
+    assert out[..., 0].isposinf().all() and out[..., 1].isneginf().all()
+    assert out[..., 2].isnan().all() and out[..., 3:].isfinite().all() and lse.isfinite().all()
+    assert_same(reduce_partials(forward_partials(q, k, v), torch.float32), (out, lse))

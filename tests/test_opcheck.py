@@ -1,0 +1,158 @@
+"""Every op of the package keeps PyTorch's rules: schema, fake tensors, autograd, tracing."""
+
+import pytest
+import torch
+
+import flash_attn.layers.rotary  # noqa: F401  registers the ops, as importing flash_attn does
+from flash_attn.testing import cumulative_lengths, random_normal
+
+LENGTHS_Q, LENGTHS_K = [3, 0, 17], [70, 5, 9]
+B, S_Q, S_K, H_Q, H_KV, D = 2, 5, 70, 4, 2, 16
+SCALE = D**-0.5
+
+# (dropout_p, scale, causal, left, right, softcap): what a score is made of.
+PLAIN = (0.0, SCALE, True, -1, -1, 0.0)
+CAPPED_WINDOW = (0.0, SCALE, False, 7, 3, 10.0)
+DROPOUT = (0.25, SCALE, True, -1, 0, 0.0)
+
+
+def tensors(pack: bool = False, requires_grad: bool = False) -> list[torch.Tensor]:
+    """q, k, v."""
+    rows_q, rows_k = ((sum(LENGTHS_Q),), (sum(LENGTHS_K),)) if pack else ((B, S_Q), (B, S_K))
+    shapes = [(*rows_q, H_Q, D), (*rows_k, H_KV, D), (*rows_k, H_KV, D)]
+    return [random_normal(s, seed=i).requires_grad_(requires_grad) for i, s in enumerate(shapes)]
+
+
+def packing() -> tuple[torch.Tensor, torch.Tensor, int, int]:
+    offsets = cumulative_lengths(LENGTHS_Q), cumulative_lengths(LENGTHS_K)
+    return *offsets, max(LENGTHS_Q), max(LENGTHS_K)
+
+
+def slopes() -> torch.Tensor:
+    return torch.tensor([0.5, 0.25, 0.125, 0.0625])
+
+
+def op(name: str) -> torch._ops.OpOverload:
+    return getattr(torch.ops.flash_attn, name).default
+
+
+def int32(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def forward_cases() -> dict[str, tuple[str, tuple[object, ...]]]:
+    dense = tensors(requires_grad=True)
+    pack = tensors(pack=True, requires_grad=True)
+    pages = random_normal((7, 24, H_KV, D), seed=7)
+    table = torch.tensor([[0, 2, 4], [1, 3, 3], [5, 3, 3]], dtype=torch.int32)
+    chosen = (int32(3, 0, 1), int32(60, 5, 9))  # leftpad_k, seqused_k
+    return {
+        "dense": ("_flash_attn_forward", (*dense, *PLAIN, slopes(), False)),
+        "dense, window": ("_flash_attn_forward", (*dense, *CAPPED_WINDOW, None, False)),
+        "varlen": ("_flash_attn_varlen_forward", (*pack, *packing(), *PLAIN, slopes())),
+        "varlen, defaults": ("_flash_attn_varlen_forward", (*pack, *packing(), *PLAIN[:3])),
+        "varlen, seqused, leftpad": (
+            "_flash_attn_varlen_forward",
+            (*tensors(pack=True), *packing(), *PLAIN, None, False, None, *chosen),
+        ),
+        "varlen, paged": (
+            "_flash_attn_varlen_forward",
+            (tensors(pack=True)[0], pages, pages, *packing(), *PLAIN, None, False, table),
+        ),
+        "attend": (
+            "_attend",
+            (*dense, None, None, S_Q, S_K, *CAPPED_WINDOW, slopes(), True, None, True),
+        ),
+        "attend, pack": ("_attend", (*pack, *packing(), *PLAIN, None, True, None, False)),
+    }
+
+
+def backward_cases() -> dict[str, tuple[str, tuple[object, ...]]]:
+    cases = {}
+    for label, options in {"plain": PLAIN, "window": CAPPED_WINDOW, "dropout": DROPOUT}.items():
+        for pack in (False, True):
+            q, k, v = tensors(pack)
+            where = packing() if pack else ()
+            name = "_flash_attn_varlen_forward" if pack else "_flash_attn_forward"
+            out, lse, _, rng_state = op(name)(q, k, v, *where, *options, None, options[0] > 0)
+            gradients = [torch.empty_like(x) for x in (q, k, v)]
+            arguments = (torch.ones_like(out), q, k, v, out, lse, *gradients, *where)
+            name = name.replace("forward", "backward")
+            cases[f"{name}, {label}"] = (name, (*arguments, *options, None, False, rng_state))
+    q, k, v = tensors()
+    out, lse, _, _ = op("_flash_attn_forward")(q, k, v, *PLAIN, None, False)
+    arguments = (torch.ones_like(out), q, k, v, out, lse, torch.empty_like(q), None, None)
+    cases["only dq"] = ("_flash_attn_backward", (*arguments, *PLAIN, None, False))
+    return cases
+
+
+def kvcache_cases() -> dict[str, tuple[str, tuple[object, ...]]]:
+    name = "_flash_attn_with_kvcache"
+    q, k, v = (random_normal((B, 2, h, D), seed=h) for h in (H_Q, H_KV, H_KV))
+    rows = [random_normal((3, S_K, H_KV, D), seed=seed) for seed in (3, 4)]
+    pages = [random_normal((6, 24, H_KV, D), seed=seed) for seed in (3, 4)]
+    table = torch.tensor([[0, 2, 4], [1, 3, 5]], dtype=torch.int32)
+    cos, sin = random_normal((72, 8), seed=5), random_normal((72, 8), seed=6)
+    scoring = (SCALE, True, -1, -1, 0.0, True)
+    places = (int32(60, 3), int32(2, 0), int32(0, 1))  # seqlens, batch_idx, leftpad
+    return {
+        "append to rows": (
+            name,
+            (q, *rows, k, v, cos, sin, *places, None, *scoring, slopes(), 0),
+        ),
+        "append to pages": (
+            name,
+            (q, *pages, k, v, None, None, int32(60, 3), None, None, table, *scoring, None, 2),
+        ),
+        "only attend": (name, (q, *rows, *[None] * 8, *scoring, None, 0)),
+    }
+
+
+def rotary_cases() -> dict[str, tuple[str, tuple[object, ...]]]:
+    cos, sin = random_normal((S_K, 4), seed=5), random_normal((S_K, 4), seed=6)
+    x, pack = tensors()[0], tensors(pack=True)[0]
+    offsets = int32(3, 0, 1)
+    return {
+        "rotary": ("_apply_rotary_", (x, cos, sin, 2, None, None, False, False)),
+        "rotary, pack": (
+            "_apply_rotary_",
+            (pack, cos, sin, 0, offsets, cumulative_lengths(LENGTHS_Q), True, True),
+        ),
+        "rotary, tables": (
+            "_rotary_tables",
+            (torch.rand(4), torch.rand(4), 8, 100.0, 64.0, S_K, torch.bfloat16),
+        ),
+    }
+
+
+GROUPS = (forward_cases, backward_cases, kvcache_cases, rotary_cases)
+
+
+@pytest.mark.parametrize("cases", GROUPS)
+def test_opcheck(cases):
+    for label, (name, arguments) in cases().items():
+        print(label)
+        torch.library.opcheck(op(name), arguments)
+
+
+@pytest.mark.parametrize("pack", [False, True], ids=["dense", "varlen"])
+def test_fake_shapes_of_a_forward_with_dropout(pack):
+    """opcheck runs an op several times and compares, so it cannot take one that draws a mask."""
+    name = "_flash_attn_varlen_forward" if pack else "_flash_attn_forward"
+    arguments = (*tensors(pack), *(packing() if pack else ()), *DROPOUT, None, True)
+    results = op(name)(*arguments)
+    with torch._subclasses.FakeTensorMode() as mode:
+        faked = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in arguments]
+        fake_results = op(name)(*faked)
+    for result, fake in zip(results, fake_results, strict=True):
+        assert (fake.shape, fake.dtype, fake.stride()) == (
+            result.shape,
+            result.dtype,
+            result.stride(),
+        )
+
+
+def test_every_registered_op_is_checked():
+    names = torch._C._dispatch_get_all_op_names()
+    registered = {name.split("::")[1] for name in names if name.startswith("flash_attn::")}
+    assert registered == {name for cases in GROUPS for name, _ in cases().values()}

@@ -1,0 +1,415 @@
+"""Rotary embedding: the bits of the stated formula, every way to place a row, gradients.
+
+References are a numpy loop that rounds each product and sum to fp32, and complex numbers in fp64.
+"""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+from flash_attn.layers.rotary import (
+    RotaryEmbedding,
+    apply_rotary_emb,
+    apply_rotary_emb_func,
+    apply_rotary_emb_kv_,
+    apply_rotary_emb_qkv_,
+    apply_rotary_emb_torch,
+    rotate_half,
+)
+from flash_attn.testing import assert_bitwise_equal
+
+B, S, H, D = 3, 11, 4, 32
+S_RO = 40
+
+layouts = pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def tables(r: int = D // 2, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    angle = normal(S_RO, r, seed=1) * 3
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def pairs(r: int, interleaved: bool) -> list[tuple[int, int]]:
+    return [(2 * i, 2 * i + 1) if interleaved else (i, i + r) for i in range(r)]
+
+
+def turned_in_fp64(x, cos, sin, interleaved, position):
+    """Each pair as a complex number times cos + i sin; `position` maps (b, s) to a table row."""
+    x64, turn = x.double(), torch.complex(cos.double(), sin.double())
+    out = x64.clone()
+    for row in np.ndindex(*x.shape[:2]):
+        for i, (first, second) in enumerate(pairs(cos.shape[1], interleaved)):
+            z = torch.complex(x64[row][..., first], x64[row][..., second]) * turn[position(*row), i]
+            out[row][..., first], out[row][..., second] = z.real, z.imag
+    return out
+
+
+@layouts
+@pytest.mark.parametrize("r", [D // 2, D // 4, 3], ids=lambda r: f"{2 * r} of {D} dims")
+def test_every_operation_is_rounded_on_its_own(interleaved, r):
+    """fp32 bytes equal the formula in numpy, one ufunc (so one rounding) per operation."""
+    x = normal(B, S, H, D)
+    cos, sin = tables(r)
+    expected = x.numpy().copy()
+    for first, second in pairs(r, interleaved):
+        i = first // 2 if interleaved else first
+        x1, x2 = x.numpy()[..., first], x.numpy()[..., second]
+        c, s = cos.numpy()[None, :S, None, i], sin.numpy()[None, :S, None, i]
+        expected[..., first] = np.subtract(np.multiply(x1, c), np.multiply(x2, s))
+        expected[..., second] = np.add(np.multiply(x1, s), np.multiply(x2, c))
+    out = apply_rotary_emb(x, cos, sin, interleaved=interleaved)
+    assert_bitwise_equal(out, torch.from_numpy(expected))
+
+
+def test_a_fused_multiply_add_would_be_noticed():
+    """Control: with the sum of each first half rounded once (as in fp64), fp32 bytes differ."""
+    x, (cos, sin) = normal(B, S, H, D), tables()
+    once_rounded = turned_in_fp64(x, cos, sin, False, lambda i, j: j).float()
+    assert not torch.equal(apply_rotary_emb(x, cos, sin), once_rounded)
+
+
+@layouts
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_sixteen_bit_values_are_turned_in_fp32_and_cast_once(dtype, interleaved):
+    x, (cos, sin) = normal(B, S, H, D, dtype=dtype), tables(dtype=dtype)
+    out = apply_rotary_emb(x, cos, sin, interleaved=interleaved)
+    in_fp32 = apply_rotary_emb(x.float(), cos.float(), sin.float(), interleaved=interleaved)
+    assert_bitwise_equal(out, in_fp32.to(dtype))
+    truth = turned_in_fp64(x, cos, sin, interleaved, lambda i, j: j)
+    assert (in_fp32 - truth).abs().max() < 1e-6
+    # The reference in plain PyTorch says the same; its intermediates have the dtype of x.
+    plain = apply_rotary_emb_torch(x, cos[:S], sin[:S], interleaved)
+    torch.testing.assert_close(plain, out, atol=8 * torch.finfo(dtype).eps, rtol=0)
+
+
+@layouts
+def test_offsets_give_each_sequence_its_own_first_position(interleaved):
+    x, (cos, sin) = normal(B, S, H, D), tables(6)
+    offsets = [0, 29, 7]
+    for dtype in (torch.int32, torch.int64):
+        out = apply_rotary_emb(
+            x, cos, sin, interleaved, seqlen_offsets=torch.tensor(offsets, dtype=dtype)
+        )
+        for i, offset in enumerate(offsets):
+            alone = apply_rotary_emb(x[i : i + 1], cos, sin, interleaved, seqlen_offsets=offset)
+            from_there = apply_rotary_emb(x[i : i + 1], cos[offset:], sin[offset:], interleaved)
+            assert_bitwise_equal(out[i : i + 1], alone)
+            assert_bitwise_equal(alone, from_there)
+    truth = turned_in_fp64(x, cos, sin, interleaved, lambda i, j: offsets[i] + j)
+    torch.testing.assert_close(out.double(), truth, atol=1e-6, rtol=0)
+
+
+@layouts
+@pytest.mark.parametrize("offsets", [None, 3, [5, 0, 9, 0, 1]], ids=["none", "int", "tensor"])
+def test_a_pack_turns_as_its_sequences_do(interleaved, offsets):
+    """Empty sequences first, in the middle and last; rows behind the last sequence stay."""
+    lengths, tail = [0, 7, 0, 11, 0], 4
+    cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    x, (cos, sin) = normal(sum(lengths) + tail, H, D), tables(5)
+    x[-1] = math.nan
+    as_given = torch.tensor(offsets) if isinstance(offsets, list) else offsets or 0
+    out = apply_rotary_emb(
+        x,
+        cos,
+        sin,
+        interleaved,
+        seqlen_offsets=as_given,
+        cu_seqlens=cu_seqlens,
+        max_seqlen=max(lengths),
+    )
+    for i, (start, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+        offset = offsets[i] if isinstance(offsets, list) else as_given
+        alone = apply_rotary_emb(x[None, start:end], cos, sin, interleaved, seqlen_offsets=offset)
+        assert_bitwise_equal(out[start:end], alone[0], label=f"sequence {i}")
+    assert_bitwise_equal(out[-tail:-1], x[-tail:-1])
+
+
+@layouts
+def test_in_place_writes_the_same_bytes_to_its_argument(interleaved):
+    """Also where x is a strided view; what is not turned keeps its bytes."""
+    wide, (cos, sin) = normal(B, S, 2 * H, D + 8), tables(6)
+    before = wide.clone()
+    x = wide[:, :, ::2, 3 : 3 + D]
+    expected = apply_rotary_emb(x, cos, sin, interleaved)
+    assert_bitwise_equal(wide, before)
+    out = apply_rotary_emb_func(x, cos, sin, interleaved, inplace=True)
+    assert out.data_ptr() == x.data_ptr() and out.stride() == x.stride()
+    assert_bitwise_equal(x, expected)
+    x.copy_(before[:, :, ::2, 3 : 3 + D])
+    assert_bitwise_equal(wide, before)
+
+
+@layouts
+@pytest.mark.parametrize("own_k", [False, True], ids=["one table", "tables for k"])
+@pytest.mark.parametrize("h_q,h_kv", [(4, 4), (6, 2), (4, 1)], ids=["mha", "gqa", "mqa"])
+def test_qkv_turns_queries_and_keys_in_place(interleaved, own_k, h_q, h_kv):
+    cos, sin = tables(6)
+    cos_k, sin_k = (cos.flip(0), sin.flip(0)) if own_k else (None, None)
+    offsets = torch.tensor([0, 29, 7], dtype=torch.int32)
+    qkv = normal(B, S, h_q + 2 * h_kv, D)
+    q, k, v = qkv.clone().split([h_q, h_kv, h_kv], dim=2)
+    expected = torch.cat(
+        (
+            apply_rotary_emb(q, cos, sin, interleaved, seqlen_offsets=offsets),
+            apply_rotary_emb(
+                k,
+                cos_k if own_k else cos,
+                sin_k if own_k else sin,
+                interleaved,
+                seqlen_offsets=offsets,
+            ),
+            v,
+        ),
+        dim=2,
+    )
+    packed = qkv.clone().view(B, S, 3, h_q, D) if h_q == h_kv else None
+    out = apply_rotary_emb_qkv_(qkv, cos, sin, cos_k, sin_k, interleaved, offsets, num_heads_q=h_q)
+    assert out.data_ptr() == qkv.data_ptr()
+    assert_bitwise_equal(qkv, expected)
+    if packed is not None:
+        apply_rotary_emb_qkv_(packed, cos, sin, cos_k, sin_k, interleaved, offsets)
+        assert_bitwise_equal(packed.flatten(2, 3), expected)
+
+
+@layouts
+def test_kv_turns_keys_in_place(interleaved):
+    kv, (cos, sin) = normal(B, S, 2, H, D), tables(6)
+    k, v = kv.clone().unbind(2)
+    out = apply_rotary_emb_kv_(kv, cos, sin, interleaved, seqlen_offsets=3)
+    assert out.data_ptr() == kv.data_ptr()
+    assert_bitwise_equal(kv[:, :, 0], apply_rotary_emb(k, cos, sin, interleaved, seqlen_offsets=3))
+    assert_bitwise_equal(kv[:, :, 1], v)
+
+
+def test_rotate_half():
+    x = torch.arange(6.0)
+    assert rotate_half(x).tolist() == [-3, -4, -5, 0, 1, 2]
+    assert rotate_half(x, interleaved=True).tolist() == [-1, 0, -3, 2, -5, 4]
+
+
+@layouts
+@pytest.mark.parametrize("inplace", [False, True], ids=["copy", "inplace"])
+def test_gradients(interleaved, inplace):
+    """First and second derivatives in fp64; the in-place forms get a copy to work on."""
+    cos, sin = tables(2, torch.float64)
+    offsets, cu_seqlens = torch.tensor([4, 0]), torch.tensor([0, 1, 3], dtype=torch.int32)
+
+    def dense(x):
+        return apply_rotary_emb(x * 1, cos, sin, interleaved, inplace, seqlen_offsets=offsets)
+
+    def packed(x):
+        return apply_rotary_emb(
+            x * 1, cos, sin, interleaved, inplace, cu_seqlens=cu_seqlens, max_seqlen=2
+        )
+
+    def qkv(x):
+        return apply_rotary_emb_qkv_(x * 1, cos, sin, sin, cos, interleaved, offsets, num_heads_q=2)
+
+    def kv(x):
+        return apply_rotary_emb_kv_(x * 1, cos, sin, interleaved, offsets)
+
+    shapes = {dense: (2, 3, 1, 6), packed: (4, 2, 6), qkv: (2, 2, 4, 6), kv: (2, 2, 2, 1, 6)}
+    for function, shape in shapes.items():
+        x = normal(*shape, dtype=torch.float64).requires_grad_()
+        assert gradcheck(function, (x,)), function.__name__
+        assert gradgradcheck(function, (x,)), function.__name__
+
+
+def test_the_gradient_is_the_conjugate_rotation_with_the_same_roundings():
+    x, (cos, sin) = normal(B, S, H, D, dtype=torch.bfloat16).requires_grad_(), tables(6)
+    grad_out = normal(B, S, H, D, dtype=torch.bfloat16, seed=2)
+    apply_rotary_emb(x, cos, sin).backward(grad_out)
+    assert_bitwise_equal(x.grad, apply_rotary_emb(grad_out, cos, -sin))
+
+
+def test_a_parameter_may_be_turned_in_place():
+    """As upstream allows: the leaf's gradient is that of the value it had before."""
+    qkv, (cos, sin) = normal(B, S, 3, H, D).requires_grad_(), tables()
+    untouched = qkv.detach().clone().requires_grad_()
+    grad_out = normal(B, S, 3, H, D, seed=2)
+    apply_rotary_emb_qkv_(qkv, cos, sin).backward(grad_out)
+    q, k, v = untouched.unbind(2)
+    turned = [apply_rotary_emb(q, cos, sin), apply_rotary_emb(k, cos, sin), v]
+    torch.stack(turned, dim=2).backward(grad_out)
+    assert_bitwise_equal(qkv.grad, untouched.grad)
+
+
+def test_an_incoming_gradient_shared_with_a_residual_stays_as_it_is():
+    """y + h hands one and the same gradient to both; rotating it in place would corrupt h's."""
+    cos, sin = tables()
+    base = normal(B, S, H, D).requires_grad_()
+    h = base * 2
+    y = apply_rotary_emb(base * 3, cos, sin, inplace=True)
+    grad_out = normal(B, S, H, D, seed=2)
+    before = grad_out.clone()
+    (y + h).backward(grad_out)
+    assert_bitwise_equal(grad_out, before)
+    expected = apply_rotary_emb(grad_out, cos, -sin) * 3 + grad_out * 2
+    torch.testing.assert_close(base.grad, expected, atol=1e-5, rtol=0)
+
+
+def angles_in_fp64(dim: int, base: float, seqlen: int) -> torch.Tensor:
+    return torch.tensor(
+        [[p / base ** (2 * i / dim) for i in range(dim // 2)] for p in range(seqlen)],
+        dtype=torch.float64,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_module_tables_are_made_in_fp32(dtype):
+    """Also in a module that was cast to 16 bit, whose own frequencies are too coarse by then."""
+    rotary = RotaryEmbedding(D, base=500.0).to(dtype)
+    qkv = normal(B, S, 3, H, D, dtype=dtype)
+    expected = qkv.clone()
+    angle = angles_in_fp64(D, 500.0, S)
+    rotary(qkv)
+    for table, function in ((rotary._cos_cached, torch.cos), (rotary._sin_cached, torch.sin)):
+        assert table.dtype == dtype
+        # The argument is rounded to fp32 before cos, so its error grows with the position.
+        atol = 2e-6 if dtype == torch.float32 else 2**-8
+        torch.testing.assert_close(table.double(), function(angle), atol=atol, rtol=0)
+    apply_rotary_emb_qkv_(expected, rotary._cos_cached, rotary._sin_cached)
+    assert_bitwise_equal(qkv, expected)
+
+
+def test_module_turns_decoded_tokens_as_the_prompt():
+    """Tables grow with what is seen, a row of them never changes its bytes on the way."""
+    whole, steps = RotaryEmbedding(D), RotaryEmbedding(D)
+    q, kv = normal(B, S, H, D), normal(B, S, 2, 2, D, seed=1)
+    q_whole, kv_whole = whole(q.clone(), kv.clone(), max_seqlen=S_RO)
+    for start, end in ((0, 5), (5, 6), (6, 7), (7, S)):
+        q_part, kv_part = steps(
+            q[:, start:end].clone(), kv[:, start:end].clone(), seqlen_offset=start
+        )
+        assert_bitwise_equal(q_part, q_whole[:, start:end])
+        assert_bitwise_equal(kv_part, kv_whole[:, start:end])
+    at_once = whole(q.clone(), kv.clone(), seqlen_offset=torch.zeros(B, dtype=torch.int32))
+    assert_bitwise_equal(at_once[0], q_whole)
+
+
+def test_module_keeps_its_tables_until_it_needs_others():
+    rotary = RotaryEmbedding(D)
+    rotary(normal(B, S, 3, H, D), max_seqlen=S_RO)
+    first = rotary._cos_cached
+    rotary(normal(B, S, 3, H, D), seqlen_offset=S_RO - S)
+    assert rotary._cos_cached is first and first.shape[0] == S_RO
+    rotary(normal(B, S, 3, H, D, dtype=torch.float16))
+    assert rotary._cos_cached.dtype == torch.float16
+    assert list(rotary.state_dict()) == []
+
+
+def test_module_with_tables_from_inference_mode_can_still_train():
+    rotary = RotaryEmbedding(D)
+    with torch.inference_mode():
+        rotary(normal(B, S, 3, H, D))
+    qkv = normal(B, S, 3, H, D).requires_grad_()
+    rotary(qkv * 1).sum().backward()
+    assert qkv.grad.isfinite().all()
+
+
+@layouts
+def test_module_with_xpos_lets_scores_decay_with_distance(interleaved):
+    """A score is that of plain rotary times zeta_i ** ((p_q - p_k) / scale_base) in each pair i."""
+    dim, scale_base = 8, 16.0
+    rotary = RotaryEmbedding(dim, interleaved=interleaved, scale_base=scale_base)
+    q, kv = normal(1, S, 1, dim), normal(1, S, 2, 1, dim, seed=1)
+    q_turned, kv_turned = rotary(q.clone(), kv.clone())
+    qkv = torch.cat((q, kv[:, :, 0], kv[:, :, 1]), dim=2)
+    packed = rotary(qkv.clone(), num_heads_q=1)
+    assert_bitwise_equal(packed, torch.cat((q_turned, kv_turned.squeeze(3)), dim=2))
+
+    angle = angles_in_fp64(dim, 10000.0, S)
+    zeta = [(2 * i / dim + 0.4) / 1.4 for i in range(dim // 2)]
+    for p_q, p_k in [(0, 0), (9, 2), (3, 10)]:
+        score = 0.0
+        for i, (first, second) in enumerate(pairs(dim // 2, interleaved)):
+            a = complex(q[0, p_q, 0, first], q[0, p_q, 0, second])
+            b = complex(kv[0, p_k, 0, 0, first], kv[0, p_k, 0, 0, second])
+            turn = complex(0, float(angle[p_q, i] - angle[p_k, i]))
+            turned = a * b.conjugate() * np.exp(turn)
+            score += turned.real * zeta[i] ** ((p_q - p_k) / scale_base)
+        ours = q_turned[0, p_q, 0].double() @ kv_turned[0, p_k, 0, 0].double()
+        assert ours.item() == pytest.approx(score, abs=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_code_gives_the_same_bytes(backend):
+    """Tables, rotation and gradient.  Inductor has its own cos, and likes to fuse what it sees."""
+    eager, traced = RotaryEmbedding(D, scale_base=512.0), RotaryEmbedding(D, scale_base=512.0)
+    cos, sin = tables(6)
+
+    def model(x, rotary):
+        qkv = rotary(torch.stack((x * 2, x * 3, x), dim=2), seqlen_offset=5)
+        q, k, v = qkv.unbind(2)
+        return apply_rotary_emb(q, cos, sin, interleaved=True, seqlen_offsets=7) * k + v
+
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    x, grad_out = normal(B, S, H, D).requires_grad_(), normal(B, S, H, D, seed=2)
+    expected, out = model(x, eager), compiled(x, traced)
+    assert_bitwise_equal(out, expected)
+    (expected_grad,) = torch.autograd.grad(expected, x, grad_out)
+    (grad,) = torch.autograd.grad(out, x, grad_out)
+    assert_bitwise_equal(grad, expected_grad)
+
+
+@pytest.mark.parametrize("pack", [False, True], ids=["dense", "pack"])
+def test_opcheck_of_the_rotation(pack):
+    x = normal(6, H, D) if pack else normal(2, 3, H, D)
+    cu_seqlens = torch.tensor([0, 2, 5], dtype=torch.int32) if pack else None
+    args = (x, *tables(6), 1, torch.tensor([3, 0]), cu_seqlens, False, False)
+    torch.library.opcheck(torch.ops.flash_attn._apply_rotary_.default, args)
+
+
+@pytest.mark.parametrize("scale_base", [None, 512.0], ids=["plain", "xpos"])
+def test_opcheck_of_the_tables(scale_base):
+    rotary = RotaryEmbedding(D, scale_base=scale_base).to(torch.bfloat16)
+    args = (rotary.inv_freq, rotary.scale, D, 10000.0, scale_base or 0.0, S, torch.float16)
+    torch.library.opcheck(torch.ops.flash_attn._rotary_tables.default, args)
+
+
+def test_refuses_what_does_not_fit():
+    x, (cos, sin) = normal(B, S, H, D), tables()
+    cu_seqlens = torch.tensor([0, S], dtype=torch.int32)
+    refused = {
+        "rotary_dim": lambda: apply_rotary_emb(x[..., : D - 2], cos, sin),
+        "headdim <= 256": lambda: apply_rotary_emb(normal(1, 1, 1, 264), cos, sin),
+        "seqlen_ro must": lambda: apply_rotary_emb(x, cos[: S - 1], sin[: S - 1]),
+        r"seqlen_offsets \+ seqlen": lambda: apply_rotary_emb(
+            x, cos, sin, seqlen_offsets=S_RO - S + 1
+        ),
+        "seqlen_offsets must be >= 0": lambda: apply_rotary_emb(x, cos, sin, seqlen_offsets=-1),
+        r"shape \(batch,\)": lambda: apply_rotary_emb(
+            x, cos, sin, seqlen_offsets=torch.zeros(B + 1, dtype=torch.int32)
+        ),
+        "dtype int32 or int64": lambda: apply_rotary_emb(
+            x, cos, sin, seqlen_offsets=torch.zeros(B)
+        ),
+        "max_seqlen": lambda: apply_rotary_emb(x[0], cos, sin, cu_seqlens=cu_seqlens),
+        "one shape": lambda: apply_rotary_emb(x, cos, sin[:-1]),
+        "num_heads_q is required": lambda: apply_rotary_emb_qkv_(x, cos, sin),
+        "num_heads_q [+] 2": lambda: apply_rotary_emb_qkv_(x, cos, sin, num_heads_q=1),
+        "3, nheads": lambda: apply_rotary_emb_qkv_(normal(1, 1, 2, 1, D), cos, sin),
+        "4 or 5": lambda: apply_rotary_emb_qkv_(normal(1, 1, D), cos, sin),
+        "come together": lambda: apply_rotary_emb_qkv_(normal(1, 1, 3, 1, D), cos, sin, cos_k=cos),
+        "2, nheads": lambda: apply_rotary_emb_kv_(normal(1, 1, 3, 1, D), cos, sin),
+    }
+    for message, call in refused.items():
+        with pytest.raises(AssertionError, match=message):
+            call()
+
+
+@pytest.mark.parametrize("offset", [-1, S_RO - S + 1])
+def test_positions_outside_the_tables_are_refused_before_anything_is_written(offset):
+    x, (cos, sin) = normal(B, S, H, D), tables()
+    before = x.clone()
+    with pytest.raises(IndexError, match=f"0 <= position < {S_RO}"):
+        apply_rotary_emb(x, cos, sin, inplace=True, seqlen_offsets=torch.tensor([0, offset, 0]))
+    assert_bitwise_equal(x, before)
