@@ -4,8 +4,8 @@ One ninja file compiles every source in parallel and remembers what is up to dat
 install, a wheel and `build_ext --inplace` share its objects. setuptools cannot give two sources
 different flags, and the CPU kernels are compiled once per instruction set; hence the subclass.
 
-Only PyTorch's stable ABI and the limited Python API are used, so one library serves every Python
-from MIN_PYTHON and every torch from TORCH_TARGET on.
+Only PyTorch's stable ABI is used, and no Python API at all, so one library serves every Python from
+MIN_PYTHON and every torch from TORCH_TARGET on, and building it needs no Python headers.
 
 Environment: CXX (compiler), MAX_JOBS (parallel compilations). CXXFLAGS is not read: a -ffast-math
 or -march=native from outside would change the bits that this package promises.
@@ -17,7 +17,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -36,7 +35,6 @@ CXX_FLAGS = [
     *("-std=c++20", "-O3", "-fPIC", "-Wall", "-Wextra"),
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
     *("-fvisibility=hidden", "-fvisibility-inlines-hidden"),
-    f"-DPy_LIMITED_API=0x{MIN_PYTHON[0]:02x}{MIN_PYTHON[1]:02x}0000",
     f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
 ]
 # libstdc++ first: libtorch exports copies of some of its functions, which no stable ABI covers.
@@ -79,7 +77,6 @@ class NinjaBuild(build_ext):
         flags = [
             *CXX_FLAGS,
             "-I.",
-            f"-I{sysconfig.get_path('include')}",
             *(f"-isystem {path}" for path in includes),  # their warnings are not ours
             f"-ffile-prefix-map={includes[0]}=torch",  # no path of this machine in the library
         ]

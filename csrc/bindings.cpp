@@ -3,13 +3,13 @@
 //
 // Every op writes into tensors that it is given; flash_attn/_ops.py allocates them and
 // flash_attn/_checks.py has already refused what the descriptors cannot hold.
-#include <Python.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <optional>
+#include <string>
 
 #include "csrc/cpu/family.h"
 
@@ -278,12 +278,4 @@ STABLE_TORCH_LIBRARY_IMPL(flash_attn_native, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(flash_attn_native, CompositeExplicitAutograd, m) {
   m.impl("segment_begin", TORCH_BOX(&segment_begin));
   m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
-}
-
-// The module itself is empty: importing it loads this library, and loading it registers the ops
-// above.
-PyMODINIT_FUNC PyInit__C(void) {
-  static PyModuleDef module = {
-      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
-  return PyModule_Create(&module);
 }

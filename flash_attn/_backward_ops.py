@@ -166,7 +166,8 @@ def _attend_backward(
         _checks.check_backward(*inputs, *shared, low_level_head_dim=False)
     else:
         lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-        _checks.check_varlen_backward(*inputs, *lengths, *shared, low_level_head_dim=False)
+        arguments = (*inputs, *lengths, *shared)
+        _checks.check_varlen_backward(*arguments, low_level_head_dim=False)
         packing = Packing(*lengths)
     _native.backward(*inputs, scoring, packing, rng_state)
     return gradients

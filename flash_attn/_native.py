@@ -7,12 +7,18 @@ Letters: b batch, s_q queries, s_k keys, h_q query heads, h_kv key heads, d head
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from flash_attn import _C  # noqa: F401  importing the library registers its ops
-
+_LIBRARY_FILE = Path(__file__).with_name("_C.abi3.so")
+if not _LIBRARY_FILE.exists():
+    raise ImportError(
+        f"flash_attn: {_LIBRARY_FILE} has not been built; in a source tree run `make build`, or "
+        "install the package with `pip install --no-build-isolation .`"
+    )
+torch.ops.load_library(_LIBRARY_FILE)
 _library = torch.ops.flash_attn_native
 
 # In rng_state's offset: the forward pass ran in deterministic mode. Offsets stay below it.

@@ -109,9 +109,7 @@ def forward_partials(
     _checks.check_num_splits(num_splits)
     packing = _native.DENSE
     if cu_seqlens_q is None or cu_seqlens_k is None:
-        _checks.check_packed_only(
-            block_table=block_table, seqused_k=seqused_k, leftpad_k=leftpad_k
-        )
+        _checks.check_packed_only(block_table=block_table, seqused_k=seqused_k, leftpad_k=leftpad_k)
         _checks.check_dense(
             *(q, k, v, 0.0, scale, softcap, alibi_slopes),
             low_level_head_dim=False,

@@ -30,7 +30,7 @@ def check_dense(problem: Problem, label=""):
         ours = autograd(lambda *x: flash_attn_func(*x, **options), tensors, dout)
     assert_gradients_accurate(
         ours,
-        lambda q, k, v, *, dtype: attention(q, k, v, dtype=dtype, **options)[0],
+        lambda q, k, v, *, dtype: attention(q, k, v, dtype=dtype, **options),
         problem,
         tensors,
         dout,
@@ -55,7 +55,7 @@ def test_varlen(problem: Problem):
         ours = autograd(lambda *x: flash_attn_varlen_func(*x, *extents, **options), tensors, dout)
     assert_gradients_accurate(
         ours,
-        lambda q, k, v, *, dtype: attention_varlen(q, k, v, cu_q, cu_k, dtype=dtype, **options)[0],
+        lambda q, k, v, *, dtype: attention_varlen(q, k, v, cu_q, cu_k, dtype=dtype, **options),
         problem,
         tensors,
         dout,

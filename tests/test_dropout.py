@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import (
     DTYPES,
+    SCORE_NOISE,
     Problem,
     assert_forward_accurate,
     assert_gradients_accurate,
@@ -203,7 +204,7 @@ def test_s_dmask_renormalises_to_the_softmax(dtype, options):
     truth, _ = attention(q, k, unit, softmax_scale=32**-0.5, **options)
     softmax = weights / weights.sum(-1, keepdim=True).clamp_min(1.0)
     error = (softmax.transpose(1, 2) - truth).abs().max().item()
-    assert error < 2 * torch.finfo(dtype).eps
+    assert error < 2 * torch.finfo(dtype).eps + SCORE_NOISE  # scores are of the order of one
 
 
 def test_s_dmask_is_empty_without_dropout():
@@ -229,7 +230,7 @@ def test_dense_under_its_mask(problem: Problem, dropout_p: float):
     dout = problem.upstream_gradient(out)
     assert_gradients_accurate(
         torch.autograd.grad(out, leaves, dout),
-        lambda *x, dtype: attention(*x, dtype=dtype, **dropped)[0],
+        lambda *x, dtype: attention(*x, dtype=dtype, **dropped),
         problem,
         tensors,
         dout,
@@ -258,7 +259,7 @@ def test_varlen_under_its_mask(problem: Problem, dropout_p: float):
     dout = problem.upstream_gradient(out)
     assert_gradients_accurate(
         torch.autograd.grad(out, leaves, dout),
-        lambda *x, dtype: attention_varlen(*x, cu_q, cu_k, dtype=dtype, **options)[0],
+        lambda *x, dtype: attention_varlen(*x, cu_q, cu_k, dtype=dtype, **options),
         problem,
         tensors,
         dout,

@@ -172,8 +172,19 @@ def test_names_that_other_libraries_import():
     for name in ("fwd", "varlen_fwd", "bwd", "varlen_bwd", "fwd_kvcache"):
         assert callable(getattr(flash_attn_2_cuda, name))
         assert callable(getattr(flash_attn_interface.flash_attn_gpu, name))
-    for name in interface.split()[:6]:
-        assert issubclass(getattr(flash_attn_interface, name), torch.autograd.Function)
+
+
+def test_autograd_classes():
+    """`FlashAttnFunc.apply` takes the function's arguments in order, then is_grad_enabled."""
+    q, k, v = (x.requires_grad_() for x in Problem((5,), (70,), 2, 2, 16, torch.float32).dense())
+    tail = (0.0, 0.25, True, (-1, -1), 0.0, None, False, False)
+    expected = flash_attn_func(q, k, v, *tail)
+    out = flash_attn_interface.FlashAttnFunc.apply(q, k, v, *tail, torch.is_grad_enabled())
+    assert_bitwise_equal(out, expected)
+    assert out.requires_grad
+    kv = torch.stack((k, v), dim=2)
+    out = flash_attn_interface.FlashAttnKVPackedFunc.apply(q, kv, *tail, True)
+    assert_bitwise_equal(out, expected)
 
 
 def test_version():

@@ -24,6 +24,8 @@ namespace fa::contract {
 
 // Keys a block in the CPU family, for every head dim and dtype.
 static constexpr int64_t kCpuBlockKeys = 64;
+// Queries a block of the CPU family's dK and dV, counted from the sequence's first query.
+static constexpr int64_t kCpuBlockQueries = 96;
 
 // Short segments give a short context its parallelism, long ones keep a long context's partials
 // few.

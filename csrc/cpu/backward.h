@@ -19,7 +19,7 @@ namespace fa::cpu::FA_ISA {
 
 constexpr float kLog2EHigh = static_cast<float>(kLog2E);
 constexpr float kLog2ELow = static_cast<float>(kLog2E - static_cast<double>(kLog2EHigh));
-constexpr int64_t kBackwardRows = 96;  // queries a key tile takes at a time; free
+constexpr int64_t kBlockQueries = contract::kCpuBlockQueries;
 
 struct BackwardScratch {
   float* q;     // (rows, d_pad)   queries, scaled as in the forward pass
@@ -101,10 +101,10 @@ struct BackwardTile {
     int const vecs = static_cast<int>((num_keys + kLanes - 1) / kLanes);
     float* const s0 = scratch.s + r0 * kBlockKeys;
     float* const ds0 = scratch.ds + r0 * kBlockKeys;
-    multiply(n, s0, kBlockKeys, nullptr, /*from_zero=*/true, {scratch.q + r0 * d_pad, d_pad, 1},
+    multiply(n, s0, kBlockKeys, nullptr, /*overwrites=*/true, {scratch.q + r0 * d_pad, d_pad, 1},
              scratch.k_t, kBlockKeys, vecs, d);
-    multiply(n, ds0, kBlockKeys, nullptr, /*from_zero=*/true, {scratch.dout + r0 * d_pad, d_pad, 1},
-             scratch.v_t, kBlockKeys, vecs, d);
+    multiply(n, ds0, kBlockKeys, nullptr, /*overwrites=*/true,
+             {scratch.dout + r0 * d_pad, d_pad, 1}, scratch.v_t, kBlockKeys, vecs, d);
     Vec const zero = broadcast(0.0f), one = broadcast(1.0f);
     for (int64_t r = 0; r < n; ++r) {
       BlockView const seen = view_block(rows[r], block_begin);
@@ -194,7 +194,7 @@ static void backward_query_tile(BackwardParams const& params, QueryTile const& t
       for (int64_t r = 0; r < n; ++r) rows[r] = row(r0 + r);
       if (rows[0].visible.begin >= block + num_keys || rows[n - 1].visible.end <= block) continue;
       t.gradients_of_scores(r0, n, rows, block, num_keys);
-      multiply(n, t.scratch.acc0 + r0 * t.d_pad, t.d_pad, nullptr, /*from_zero=*/false,
+      multiply(n, t.scratch.acc0 + r0 * t.d_pad, t.d_pad, nullptr, /*overwrites=*/false,
                {t.scratch.ds + r0 * kBlockKeys, kBlockKeys, 1}, t.scratch.acc1, t.d_pad,
                t.d_pad / kLanes, num_keys);
     }
@@ -208,7 +208,7 @@ static void backward_query_tile(BackwardParams const& params, QueryTile const& t
 
 template <DType kDType>
 static void backward_key_tile(BackwardParams const& params, KeyTile const& tile, float* workspace) {
-  BackwardTile<kDType> const t(params, tile.batch, kBackwardRows, workspace);
+  BackwardTile<kDType> const t(params, tile.batch, kBlockQueries, workspace);
   KeyRows const keys = key_rows(params.k, params.layout, t.sequence, tile.head_kv, t.kBytes);
   KeyRows const values = key_rows(params.v, params.layout, t.sequence, tile.head_kv, t.kBytes);
   t.load_block(keys, values, tile.key_begin, tile.num_keys);
@@ -222,10 +222,11 @@ static void backward_key_tile(BackwardParams const& params, KeyTile const& tile,
                                t.sequence.s_k, params.score.window_left, params.score.window_right);
   for (int64_t g = 0; g < t.group; ++g) {  // query heads ascending
     int64_t const head = tile.head_kv * t.group + g;
-    for (int64_t first = seeing.begin; first < seeing.end;
-         first += kBackwardRows) {  // queries ascending
-      int64_t const left = seeing.end - first,
-                    num_rows = left < kBackwardRows ? left : kBackwardRows;
+    for (int64_t block = seeing.begin / kBlockQueries * kBlockQueries; block < seeing.end;
+         block += kBlockQueries) {  // queries ascending; those that see nothing are left out
+      int64_t const first = block > seeing.begin ? block : seeing.begin,
+                    end = block + kBlockQueries < seeing.end ? block + kBlockQueries : seeing.end,
+                    num_rows = end - first;
       for (int64_t r0 = 0; r0 < num_rows; r0 += kTileRows) {
         int64_t const n = num_rows - r0 < kTileRows ? num_rows - r0 : kTileRows;
         RowView rows[kTileRows];
@@ -236,9 +237,9 @@ static void backward_key_tile(BackwardParams const& params, KeyTile const& tile,
         t.gradients_of_scores(r0, n, rows, tile.key_begin, tile.num_keys);
       }
       // P and dS are read transposed: row = key, k = query.
-      multiply(tile.num_keys, dv, t.d_pad, nullptr, /*from_zero=*/false,
+      multiply(tile.num_keys, dv, t.d_pad, nullptr, /*overwrites=*/false,
                {t.scratch.s, 1, kBlockKeys}, t.scratch.dout, t.d_pad, t.d_pad / kLanes, num_rows);
-      multiply(tile.num_keys, dk, t.d_pad, nullptr, /*from_zero=*/false,
+      multiply(tile.num_keys, dk, t.d_pad, nullptr, /*overwrites=*/false,
                {t.scratch.ds, 1, kBlockKeys}, t.scratch.q, t.d_pad, t.d_pad / kLanes, num_rows);
     }
   }

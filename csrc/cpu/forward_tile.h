@@ -126,7 +126,7 @@ struct ForwardTile {
     *vec_begin = seen.begin / kLanes;
     *vec_end = (seen.end + kLanes - 1) / kLanes;
     float* const s = shared.s + r0 * kBlockKeys + *vec_begin * kLanes;
-    multiply(n, s, kBlockKeys, nullptr, /*from_zero=*/true, {scratch.q + r0 * d_pad, d_pad, 1},
+    multiply(n, s, kBlockKeys, nullptr, /*overwrites=*/true, {scratch.q + r0 * d_pad, d_pad, 1},
              shared.k + *vec_begin * kLanes, kBlockKeys, *vec_end - *vec_begin, d);
 
     bool const shaped = scale.cap > 0.0f || params.score.alibi;
@@ -211,7 +211,7 @@ struct ForwardTile {
     int64_t const step = alike ? n : 1;
     for (int64_t r = 0; r < n; r += step) {
       BlockView const seen = view_block(rows[r], block_begin);
-      multiply(step, scratch.o + (r0 + r) * d_pad, d_pad, rescale + r, /*from_zero=*/false,
+      multiply(step, scratch.o + (r0 + r) * d_pad, d_pad, rescale + r, /*overwrites=*/false,
                {shared.s + (r0 + r) * kBlockKeys + seen.begin, kBlockKeys, 1},
                block_values + seen.begin * ld_values, ld_values, d_pad / kLanes,
                seen.end - seen.begin);

@@ -1,7 +1,7 @@
-// The one matrix product of the CPU family: C = C * row_scale + A B on fp32 scratch.
+// The one matrix product of the CPU family: C = A B, or C = C * row_scale + A B, on fp32 scratch.
 //
-// Each element of C is one chain of fused multiply-adds over ascending k that starts from C itself,
-// so how rows and columns are cut into register tiles is free: it cannot change a bit.
+// Each element of A B is one chain of fused multiply-adds over ascending k from +0, added to C by
+// one more; so how rows and columns are cut into register tiles is free: it cannot change a bit.
 #pragma once
 
 #include "csrc/cpu/simd.h"
@@ -18,19 +18,11 @@ struct MatrixA {  // (m, k), element (r, k) at data[r * row_stride + k * k_strid
 
 // One register tile: kRows x (kVecs * 16) of C.
 template <int kRows, int kVecs>
-static void multiply_tile(float* c, int64_t ldc, float const* row_scale, bool from_zero, MatrixA a,
+static void multiply_tile(float* c, int64_t ldc, float const* row_scale, bool overwrites, MatrixA a,
                           float const* b, int64_t ldb, int64_t k_extent) {
   Vec acc[kRows][kVecs];
-  for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVecs; ++v) {
-      if (from_zero) {
-        acc[r][v] = broadcast(0.0f);
-      } else {
-        acc[r][v] = load(c + r * ldc + v * kLanes);
-        if (row_scale) acc[r][v] = acc[r][v] * broadcast(row_scale[r]);
-      }
-    }
-  }
+  for (int r = 0; r < kRows; ++r)
+    for (int v = 0; v < kVecs; ++v) acc[r][v] = broadcast(0.0f);
   for (int64_t k = 0; k < k_extent; ++k) {  // ascending
     Vec bk[kVecs];
     for (int v = 0; v < kVecs; ++v) bk[v] = load(b + k * ldb + v * kLanes);
@@ -39,26 +31,32 @@ static void multiply_tile(float* c, int64_t ldc, float const* row_scale, bool fr
       for (int v = 0; v < kVecs; ++v) acc[r][v] = multiply_add(ark, bk[v], acc[r][v]);
     }
   }
-  for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < kVecs; ++v) store(c + r * ldc + v * kLanes, acc[r][v]);
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kVecs; ++v) {
+      float* const at = c + r * ldc + v * kLanes;
+      store(at, overwrites ? acc[r][v]
+                           : multiply_add(load(at), broadcast(row_scale ? row_scale[r] : 1.0f),
+                                          acc[r][v]));
+    }
+  }
 }
 
 // One row keeps few accumulators busy, so it takes wider tiles.
 constexpr int tile_vectors(int rows) { return rows == 1 ? 4 : kTileVectors; }
 
 template <int kRows, int kVecs>
-static void multiply_columns(float* c, int64_t ldc, float const* row_scale, bool from_zero,
+static void multiply_columns(float* c, int64_t ldc, float const* row_scale, bool overwrites,
                              MatrixA a, float const* b, int64_t ldb, int64_t num_vecs,
                              int64_t k_extent) {
   while (num_vecs >= kVecs) {
-    multiply_tile<kRows, kVecs>(c, ldc, row_scale, from_zero, a, b, ldb, k_extent);
+    multiply_tile<kRows, kVecs>(c, ldc, row_scale, overwrites, a, b, ldb, k_extent);
     c += kVecs * kLanes;
     b += kVecs * kLanes;
     num_vecs -= kVecs;
   }
   if constexpr (kVecs > 1) {
     if (num_vecs > 0) {
-      multiply_columns<kRows, kVecs / 2>(c, ldc, row_scale, from_zero, a, b, ldb, num_vecs,
+      multiply_columns<kRows, kVecs / 2>(c, ldc, row_scale, overwrites, a, b, ldb, num_vecs,
                                          k_extent);
     }
   }
@@ -66,26 +64,26 @@ static void multiply_columns(float* c, int64_t ldc, float const* row_scale, bool
 
 template <int kRows>
 static void multiply_rows(int64_t rows, float* c, int64_t ldc, float const* row_scale,
-                          bool from_zero, MatrixA a, float const* b, int64_t ldb, int64_t num_vecs,
+                          bool overwrites, MatrixA a, float const* b, int64_t ldb, int64_t num_vecs,
                           int64_t k_extent) {
   if (rows == kRows) {
-    multiply_columns<kRows, tile_vectors(kRows)>(c, ldc, row_scale, from_zero, a, b, ldb, num_vecs,
+    multiply_columns<kRows, tile_vectors(kRows)>(c, ldc, row_scale, overwrites, a, b, ldb, num_vecs,
                                                  k_extent);
   } else if constexpr (kRows > 1) {
-    multiply_rows<kRows - 1>(rows, c, ldc, row_scale, from_zero, a, b, ldb, num_vecs, k_extent);
+    multiply_rows<kRows - 1>(rows, c, ldc, row_scale, overwrites, a, b, ldb, num_vecs, k_extent);
   }
 }
 
 // C (rows, num_vecs * 16) from A (rows, k_extent) and B (k_extent, num_vecs * 16).
-//   from_zero   C starts at +0 and need not be initialised
-//   row_scale   (rows) factors applied to C first, or null
-static void multiply(int64_t rows, float* c, int64_t ldc, float const* row_scale, bool from_zero,
+//   overwrites  C = A B; C need not be initialised
+//   row_scale   (rows) factors on C, or null for 1
+static void multiply(int64_t rows, float* c, int64_t ldc, float const* row_scale, bool overwrites,
                      MatrixA a, float const* b, int64_t ldb, int64_t num_vecs, int64_t k_extent) {
   for (int64_t r = 0; r < rows; r += kTileRows) {
     int64_t const tile_rows = rows - r < kTileRows ? rows - r : kTileRows;
     MatrixA const tile_a{a.data + r * a.row_stride, a.row_stride, a.k_stride};
     multiply_rows<kTileRows>(tile_rows, c + r * ldc, ldc, row_scale ? row_scale + r : nullptr,
-                             from_zero, tile_a, b, ldb, num_vecs, k_extent);
+                             overwrites, tile_a, b, ldb, num_vecs, k_extent);
   }
 }
 

@@ -25,7 +25,7 @@ static int64_t forward_floats(int64_t num_rows, int64_t num_heads, int64_t d) {
 }
 
 static int64_t backward_floats(int64_t num_rows, int64_t d) {
-  return BackwardScratch::floats(num_rows > kBackwardRows ? num_rows : kBackwardRows, d);
+  return BackwardScratch::floats(num_rows > kBlockQueries ? num_rows : kBlockQueries, d);
 }
 
 static void forward(ForwardParams const& params, QueryTile const& tile,

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from .engines import ENGINES, Engine, Results
+from .engines import ENGINES, Engine
+from .layouts import Results
 from .problem import Problem
 
 ISA_VARIABLE = "FLASH_ATTN_CPU_ISA"

@@ -15,7 +15,8 @@ import torch
 
 from ..testing import Mismatch, first_mismatch, poison_free_memory
 from . import child
-from .engines import APPEND_LAYOUTS, Engine, FlashAttention, Results
+from .engines import Engine, FlashAttention
+from .layouts import APPEND_LAYOUTS, Results
 from .problem import Problem, Sequence, contract_steps, telling_rows
 
 Piece = tuple[int, int, int]  # query rows [start, stop) of a sequence: (sequence, start, stop)
