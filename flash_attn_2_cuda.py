@@ -188,9 +188,10 @@ def varlen_bwd(
 ) -> list[Tensor]:
     """[dq, dk, dv, softmax_d] of a packed batch."""
     check_generator_is_none(gen)
-    dq = torch.empty_like(q) if dq is None else dq
-    dk = torch.empty_like(k) if dk is None else dk
-    dv = torch.empty_like(v) if dv is None else dv
+    # Zeros: a token of the pack that no sequence covers is not written to.
+    dq = torch.zeros_like(q) if dq is None else dq
+    dk = torch.zeros_like(k) if dk is None else dk
+    dv = torch.zeros_like(v) if dv is None else dv
     softmax_d = _interface._flash_attn_varlen_backward(
         dout,
         q,

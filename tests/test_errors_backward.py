@@ -137,10 +137,21 @@ PARTIALS = [
     ("out_fp16", {"out": half(2, 2, 5, 4, 16)}, "partials.out must have dtype fp32", "float16"),
     ("sum_fp64", {"sum": torch.zeros(2, 2, 4, 5).double()}, "partials.sum", "torch.float64"),
     ("rank", {"out": torch.zeros(5, 4, 16)}, "partials.out must have shape (n, b", "(5, 4, 16)"),
-    ("empty", {"out": torch.zeros(0, 2, 5, 4, 16)}, "partials.out", "(0, 2, 5, 4, 16)"),
     ("order", {"max_log2": torch.zeros(2, 2, 5, 4)}, "(n, b, h_q, s_q)", "(2, 2, 5, 4)"),
     ("segments", {"sum": torch.zeros(1, 2, 4, 5)}, "partials.sum must have shape", "(1, 2, 4, 5)"),
     ("packed", {"out": torch.zeros(2, 5, 4, 16)}, "(n, h_q, total_q)", "(2, 2, 4, 5)"),
+]
+
+dense_partials = Function("forward_partials", determinism.forward_partials, {"q": Q} | both(KV))
+PACKED_ONLY = [
+    Case(
+        dense_partials,
+        name,
+        {name: ints(1, 1)},
+        f"{name} needs a packed batch",
+        "(2,)",
+    )
+    for name in ("block_table", "seqused_k", "leftpad_k")
 ]
 
 
@@ -178,6 +189,7 @@ CASES = [
     *(Case(varlen, *row) for row in VARLEN),
     *(Case(partials, *row) for row in PARTIALS),
     Case(round_trip, "paged", PAGED, NO_BACKWARD, "block_table in the forward pass"),
+    *PACKED_ONLY,
     *DEVICES,
 ]
 

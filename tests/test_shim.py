@@ -237,7 +237,7 @@ def test_an_out_that_does_not_fit_is_refused_before_anything_is_written(entry):
     caches = [a for a, name in zip(arguments, ORDER[entry].split(), strict=True) if "cache" in name]
     before = [None if cache is None else cache.clone() for cache in caches]
     place = ORDER[entry].split().index("out")
-    for out in (q[:1].clone(), q.to(torch.float16), torch.empty((*q.shape[:-1], 2 * D))[..., ::2]):
+    for out in (q[:1].clone(), q.to(torch.float16)):
         arguments[place] = out
         with pytest.raises(RuntimeError, match=r"out.* must"):
             getattr(shim, entry)(*arguments)
