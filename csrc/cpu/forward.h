@@ -136,7 +136,7 @@ static void fold_tile(ForwardParams const& params, QueryTile const& tile,
         int64_t const index = segment * partials.rows + t.lse_index(t.row(r));
         float* const o = t.scratch.o + r * t.d_pad;
         std::memcpy(o, partials.out + index * t.d, sizeof(float) * t.d);
-        t.fold_row(r, o, partials.max_log2[index], partials.sum[index]);
+        t.fold_row(r, o, {partials.max_log2[index], partials.sum[index], /*weight=*/1.0f});
       }
     }
     t.finish();

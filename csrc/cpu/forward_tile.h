@@ -230,31 +230,30 @@ struct ForwardTile {
     std::memset(scratch.o, 0, sizeof(float) * tile.num_rows * d_pad);
   }
 
-  // Moves a row's segment to the reference ceil(m), once: O *= 2^(m - M). Returns M; *sum is the
-  // row's l.
-  float close_row(int64_t r, float* sum) const {
+  // A row's segment moved to the reference ceil(m), once: its O still has to be multiplied by
+  // weight.
+  struct Closed {
+    float reference, sum, weight;
+  };
+  Closed close_row(int64_t r) const {
     float const m = scratch.m[r], reference = std::ceil(m);
-    float const shift = m == -kInfinity ? 0.0f : m - reference;
-    Vec const weight = exp2_of(broadcast(shift));
-    for (int64_t c = 0; c < d_pad; c += kLanes) {
-      store(scratch.o + r * d_pad + c, load(scratch.o + r * d_pad + c) * weight);
-    }
-    alignas(64) float w[kLanes];
-    store(w, weight);
-    *sum = sum_of_lanes(load(scratch.l + r * kLanes)) * w[0];
-    return reference;
+    alignas(64) float weight[kLanes];
+    store(weight, exp2_of(broadcast(m == -kInfinity ? 0.0f : m - reference)));
+    return {reference, sum_of_lanes(load(scratch.l + r * kLanes)) * weight[0], weight[0]};
   }
 
   // fold = fold * 2^(M1 - M') + (o, l) * 2^(M2 - M'): exact products, one rounding.
-  void fold_row(int64_t r, float const* o, float reference, float sum) const {
-    float const common = contract::fold_reference(scratch.m_fold[r], reference);
-    float const w1 = contract::fold_weight(scratch.m_fold[r], common),
-                w2 = contract::fold_weight(reference, common);
+  void fold_row(int64_t r, float const* o, Closed const& closed) const {
+    float const common = contract::fold_reference(scratch.m_fold[r], closed.reference);
+    Vec const w1 = broadcast(contract::fold_weight(scratch.m_fold[r], common)),
+              w2 = broadcast(contract::fold_weight(closed.reference, common));
     float* const fold = scratch.o_fold + r * d_pad;
     for (int64_t c = 0; c < d_pad; c += kLanes) {
-      store(fold + c, load(fold + c) * broadcast(w1) + load(o + c) * broadcast(w2));
+      Vec const moved = load(o + c) * broadcast(closed.weight);
+      store(fold + c, load(fold + c) * w1 + moved * w2);
     }
-    scratch.l_fold[r] = scratch.l_fold[r] * w1 + sum * w2;
+    scratch.l_fold[r] = scratch.l_fold[r] * contract::fold_weight(scratch.m_fold[r], common) +
+                        closed.sum * contract::fold_weight(closed.reference, common);
     scratch.m_fold[r] = common;
   }
 
@@ -281,24 +280,27 @@ struct ForwardTile {
     }
   }
 
-  void emit(PartialBuffers const& partials, int64_t segment, int64_t r, float reference,
-            float sum) const {
+  void emit(PartialBuffers const& partials, int64_t segment, int64_t r,
+            Closed const& closed) const {
     int64_t const index = segment * partials.rows + lse_index(row(r));
-    std::memcpy(partials.out + index * d, scratch.o + r * d_pad, sizeof(float) * d);
-    partials.max_log2[index] = reference;
-    partials.sum[index] = sum;
+    float* const o = scratch.o + r * d_pad;
+    for (int64_t c = 0; c < d_pad; c += kLanes) {
+      store(o + c, load(o + c) * broadcast(closed.weight));
+    }
+    std::memcpy(partials.out + index * d, o, sizeof(float) * d);
+    partials.max_log2[index] = closed.reference;
+    partials.sum[index] = closed.sum;
   }
 
   // Closes a segment: hands its rows on, or folds them.
   void close_segment(int64_t segment, PartialBuffers const* partials) const {
     for (int64_t r = 0; r < tile.num_rows; ++r) {
       if (scratch.m[r] > scratch.m_row[r]) scratch.m_row[r] = scratch.m[r];
-      float sum;
-      float const reference = close_row(r, &sum);
+      Closed const closed = close_row(r);
       if (partials) {
-        emit(*partials, segment, r, reference, sum);
+        emit(*partials, segment, r, closed);
       } else {
-        fold_row(r, scratch.o + r * d_pad, reference, sum);
+        fold_row(r, scratch.o + r * d_pad, closed);
       }
     }
   }
