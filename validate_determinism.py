@@ -14,12 +14,16 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import platform
 import sys
 import time
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+# A busy machine is the rule here: a waiting OpenMP thread must not spin. Read when torch loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 

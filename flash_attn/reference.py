@@ -169,7 +169,7 @@ def assert_accurate(
     if wrong.any():
         at = tuple(wrong.nonzero()[0].tolist())
         raise AssertionError(
-            f"{label}: {actual64[at]} for {truth[at]} at {at}, one of {int(wrong.sum())} such places"
+            f"{label}: {actual64[at]} for {truth[at]} at {at}, one of {int(wrong.sum())} such"
         )
     finite = truth.isfinite()
     if not finite.any():

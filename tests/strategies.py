@@ -26,8 +26,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LAYOUTS = ("contiguous", "heads_first", "gapped")
 BUDGET = 1 << 24  # multiply-adds of q.k, over all heads and sequences
 
-# float32 rounds a score by up to half an ulp of |q| |k| scale in the dot product, and of itself when
-# it enters exp(s - max). PyTorch is as exposed, but on a tiny problem it may be lucky: an ulp is
+# float32 rounds a score by up to half an ulp of |q| |k| scale in the dot product, and of itself
+# when it enters exp(s - max). PyTorch is as exposed, but may be lucky on a tiny problem: an ulp is
 # always granted.
 SCORE_NOISE = 2.0**-23
 

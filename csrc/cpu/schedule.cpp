@@ -6,7 +6,8 @@
 // splits adapts to the batch and to the threads, as it does upstream, and so does their extent.
 #include <cstdlib>
 #include <memory>
-#include <string_view>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "csrc/core/sequence.h"
@@ -27,9 +28,11 @@ constexpr int64_t kMaxSplits = 128;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// The best instruction set that the machine has, or the one that FLASH_ATTN_CPU_ISA names.
 KernelTable const& choose_kernels() {
   char const* const asked = std::getenv("FLASH_ATTN_CPU_ISA");
-  std::string_view const name = asked ? asked : "";
+  std::string const name = asked ? asked : "";
+  auto const takes = [&](char const* isa) { return name.empty() || name == isa; };
 #if defined(__x86_64__)
   __builtin_cpu_init();
   bool const has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -37,10 +40,13 @@ KernelTable const& choose_kernels() {
   bool const has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
                           __builtin_cpu_supports("avx512vl") &&
                           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
-  if (has_avx512 && (name.empty() || name == "avx512")) return avx512::kernels();
-  if (has_avx2 && (name.empty() || name == "avx2")) return avx2::kernels();
+  if (has_avx512 && takes("avx512")) return avx512::kernels();
+  if (has_avx2 && takes("avx2")) return avx2::kernels();
 #endif
-  return generic::kernels();
+  if (takes("generic")) return generic::kernels();
+  throw std::runtime_error(
+      "flash_attn: this machine cannot run the kernels asked for; received FLASH_ATTN_CPU_ISA=" +
+      name + "; rule: avx512, avx2 or generic, as the processor allows");
 }
 
 std::vector<QueryTile> query_tiles(LayoutParams const& layout, int64_t tile_rows,

@@ -124,10 +124,10 @@ def standard_problems(effort: str = "default", device: str = "cpu") -> list[Prob
     probe = Problem((1,), (16384,), dtype=wide, **common)
     block, boundaries = contract_steps(probe)
     segment = boundaries[1]
-    # Two segments, one block, and 13 keys of the next block: every kind of ragged end at once.
-    long = 2 * segment + block + 13
+    # Whole segments, one block, and 13 keys of the next block: every kind of ragged end at once.
+    medium, long = segment + block + 13, 2 * segment + block + 13
     quick = [
-        Problem((long,) * 3, (long,) * 3, h_q=2, d=64, dtype=wide, name="prefill", **common),
+        Problem((medium,) * 3, (medium,) * 3, h_q=2, d=64, dtype=wide, name="prefill", **common),
         Problem(
             (1,) * 8,
             # Long and short neighbours; both sides of a segment and of a block; a single key.
@@ -146,8 +146,8 @@ def standard_problems(effort: str = "default", device: str = "cpu") -> list[Prob
             **common,
         ),
         Problem(
-            (segment + block + 7, 1, 2 * block + 2, 77),
-            (segment + block + 7, segment + 3, 2 * block + 2, 77),
+            (medium, 1, 2 * block + 2, 77),
+            (medium, segment + 3, 2 * block + 2, 77),
             d=40,  # not a power of two, not a multiple of 16
             dtype=torch.bfloat16,
             window_size=(block * 3 + 5, -1),
@@ -156,20 +156,21 @@ def standard_problems(effort: str = "default", device: str = "cpu") -> list[Prob
             name="every feature",
             **common,
         ),
+        Problem(
+            (200, 129, 1, 64),  # new tokens behind a cached prefix, across a segment's end
+            (4 * segment + 45, long, segment + 1, 64),
+            d=96,
+            dtype=torch.bfloat16,
+            name="cached prefix",
+            **{**common, "page_size": common["page_size"] if gpu else 7},
+        ),
     ]
     if effort == "quick":
         return quick
     default = [
         *quick,
         Problem(
-            (200, 129, 1, 64),  # new tokens behind a long cached prefix
-            (4 * segment + 200, long, segment + 1, 64),
-            h_q=8,
-            h_kv=2,
-            d=96,
-            dtype=torch.bfloat16,
-            name="cached prefix",
-            **{**common, "page_size": common["page_size"] if gpu else 7},
+            (long,) * 2, (long,) * 2, d=128, dtype=torch.float16, name="longer prefill", **common
         ),
         Problem(
             (long, 300, 45),

@@ -45,29 +45,31 @@ TIME_POINT = Shape(b=8, s=4096, h=32, d=64)
 DECODE_POINT = Shape(b=1, s=16384, h=32, d=64)  # one query against s keys: where splitting matters
 
 
-def scaled(point: Shape, effort: str, device: str) -> Shape:
-    """The point itself on a GPU and for "full"; else with fewer sequences and heads."""
+def scaled(point: Shape, heads: int, effort: str, device: str) -> Shape:
+    """The point itself on a GPU and for "full"; else one sequence, and at most `heads` heads."""
     if torch.device(device).type == "cuda" or effort == "full":
         return point
-    return replace(point, b=1, h=2 if effort == "quick" else 8)
+    return replace(point, b=1, h=min(point.h, heads))
 
 
 def time_rows(effort: str, device: str) -> list[dict[str, Any]]:
     """Median milliseconds, the modes taking turns so that a busy moment hits all of them."""
-    shape = scaled(TIME_POINT, effort, device)
-    rounds = 3 if effort == "quick" else 5
+    quick = effort == "quick"
+    shape = scaled(TIME_POINT, 1 if quick else 8, effort, device)
+    one_query = scaled(DECODE_POINT, 8 if quick else 32, effort, device)
+    rounds = 5
     forward, both = _calls(shape, shape.s, device, backward=False), _calls(shape, shape.s, device)
-    decode = _calls(DECODE_POINT, 1, device, backward=False)
+    decode = _calls(one_query, 1, device, backward=False)
     return [
         _row(f"forward {shape}", "ms", _interleaved_medians(forward, rounds, device)),
         _row(f"forward + backward {shape}", "ms", _interleaved_medians(both, rounds, device)),
-        _row(f"decode {DECODE_POINT}", "ms", _interleaved_medians(decode, 4 * rounds, device)),
+        _row(f"decode {one_query}", "ms", _interleaved_medians(decode, 4 * rounds, device)),
     ]
 
 
 def memory_rows(effort: str, device: str) -> list[dict[str, Any]]:
     """Peak mebibytes beyond the inputs, each mode in a process of its own."""
-    shape = scaled(MEMORY_POINT, effort, device)
+    shape = scaled(MEMORY_POINT, 8 if effort == "quick" else 32, effort, device)
     children = {
         mode: start_python(
             f"from {__name__} import print_peaks; print_peaks()",

@@ -110,7 +110,7 @@ def seqused_forward(problem: Problem, group: list[Sequence], fill: float) -> lis
     window = options.pop("window_size")
     if options["softmax_scale"] is None:
         options["softmax_scale"] = problem.d**-0.5
-    # The low-level op takes head dims of whole eights; columns of zeros change no bit of the others.
+    # The low-level op takes head dims of whole eights; columns of zeros change no other bit.
     d, eights = problem.d, -problem.d % 8
     out, lse, _, _ = interface._flash_attn_varlen_forward(
         *(torch.nn.functional.pad(x, (0, eights)) for x in (q, k, v)),

@@ -7,6 +7,7 @@ Every relation is built on that.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
@@ -111,6 +112,7 @@ class Problem:
     def replace(self, **changes: object) -> Problem:
         return replace(self, **changes)  # type: ignore[arg-type]
 
+    @functools.lru_cache(maxsize=64)  # noqa: B019  bounded, and relations ask for the same again and again
     def sequence(self, index: int, s_q: int | None = None, s_k: int | None = None) -> Sequence:
         """Sequence `index`, with other lengths than the problem's when asked."""
         s_q = self.seqlens_q[index] if s_q is None else s_q
