@@ -126,6 +126,9 @@ def _flash_attn_varlen_backward(
     )
     packing = Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     gradients = _gradient_buffers(q, k, v, dq, dk, dv)
+    if zero_tensors:  # tokens that no sequence covers
+        for gradient in gradients:
+            gradient.zero_()
     return _native.backward(
         dout, q, k, v, out, softmax_lse, *gradients, scoring, packing, rng_state
     )

@@ -16,10 +16,13 @@ from torch import Tensor
 from flash_attn import _checks, _native, determinism
 from flash_attn._native import Packing, Scoring
 
+# Two equal calls are not one: their masks differ. (``_attend`` is given its seed instead.)
+_DRAWS_ITS_SEED = (torch.Tag.nondeterministic_seeded,)
+
 Result = tuple[Tensor, Tensor, Tensor, Tensor]  # out, softmax_lse, S_dmask, rng_state
 
 
-@torch.library.custom_op("flash_attn::_flash_attn_forward", mutates_args=())
+@torch.library.custom_op("flash_attn::_flash_attn_forward", mutates_args=(), tags=_DRAWS_ITS_SEED)
 def _flash_attn_forward(
     q: Tensor,
     k: Tensor,
@@ -53,11 +56,14 @@ def _flash_attn_forward(
         v,
         scoring,
         deterministic=determinism.is_deterministic(),
+        seed=_native.draw_seed() if dropout_p > 0.0 else None,
         return_softmax=return_softmax,
     )
 
 
-@torch.library.custom_op("flash_attn::_flash_attn_varlen_forward", mutates_args=())
+@torch.library.custom_op(
+    "flash_attn::_flash_attn_varlen_forward", mutates_args=(), tags=_DRAWS_ITS_SEED
+)
 def _flash_attn_varlen_forward(
     q: Tensor,
     k: Tensor,
@@ -117,6 +123,7 @@ def _flash_attn_varlen_forward(
         scoring,
         packing,
         deterministic=determinism.is_deterministic(),
+        seed=_native.draw_seed() if dropout_p > 0.0 else None,
         return_softmax=return_softmax,
     )
 
@@ -140,6 +147,7 @@ def _attend(
     return_softmax: bool,
     block_table: Tensor | None,
     deterministic: bool,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What the public functions call: dense or packed, any head dim, determinism per call."""
     scoring = Scoring(
@@ -164,6 +172,7 @@ def _attend(
         scoring,
         packing,
         deterministic=deterministic or determinism.is_deterministic(),
+        seed=seed,
         return_softmax=return_softmax and dropout_p > 0.0,
     )
 

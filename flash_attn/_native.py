@@ -122,14 +122,14 @@ def softmax_d_shape(q: Tensor, packing: Packing) -> tuple[int, ...]:
     return (q.shape[1], q.shape[0] + ROW_PADDING * (packing.cu_seqlens_q.shape[0] - 1))
 
 
-def new_rng_state(dropout_p: float, deterministic: bool, device: torch.device) -> Tensor:
-    """int64 (2,): the seed and offset of this call's dropout, and its mode in bit 62 of the offset.
+def draw_seed() -> Tensor:
+    """int64 (2,): seed and offset, from the generator that ``torch.manual_seed`` sets."""
+    return torch.randint(0, DETERMINISTIC_BIT, (2,), dtype=torch.int64)
 
-    Both are drawn from PyTorch's default CPU generator, so ``torch.manual_seed`` fixes the mask.
-    """
-    state = torch.zeros(2, dtype=torch.int64)
-    if dropout_p > 0.0:
-        state = torch.randint(0, DETERMINISTIC_BIT, (2,), dtype=torch.int64)
+
+def rng_state_of(seed: Tensor | None, deterministic: bool, device: torch.device) -> Tensor:
+    """What the backward pass needs to know: seed and offset, and in its bit 62 the mode."""
+    state = torch.zeros(2, dtype=torch.int64) if seed is None else seed.clone()
     if deterministic:
         state[1] |= DETERMINISTIC_BIT
     return state.to(device)
@@ -143,17 +143,21 @@ def forward(
     packing: Packing = DENSE,
     *,
     deterministic: bool,
+    seed: Tensor | None = None,
     return_softmax: bool = False,
     num_splits: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out as q, softmax_lse fp32, S_dmask (empty unless asked for), rng_state."""
+    """out as q, softmax_lse fp32, S_dmask (empty unless asked for), rng_state.
+
+    ``seed`` is what ``draw_seed`` drew, None without dropout.
+    """
     q, k, v = contiguous_columns(q), contiguous_columns(k), contiguous_columns(v)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(lse_shape(q, packing), dtype=torch.float32, device=q.device)
     s_dmask = torch.zeros(
         s_dmask_shape(q, k, packing) if return_softmax else (0,), dtype=q.dtype, device=q.device
     )
-    rng_state = new_rng_state(scoring.dropout_p, deterministic, q.device)
+    rng_state = rng_state_of(seed, deterministic, q.device)
     _call_forward(
         (q, k, v, out, lse, s_dmask if return_softmax else None, None, None, None),
         scoring,

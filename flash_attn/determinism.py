@@ -8,7 +8,9 @@ in this order,
 3. what ``set_deterministic`` was last told, in any thread of this process;
 4. on, when the environment variable FLASH_ATTENTION_DETERMINISTIC is 1.
 
-It is read when an op runs. A call's own ``deterministic=True`` turns it on for that call.
+It is read when an op runs. A call's own ``deterministic=True`` turns it on for that call. Inside a
+compiled function ``set_deterministic`` and ``deterministic()`` break the graph, and
+``fullgraph=True`` refuses them: call them outside.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ _process_default: bool | None = None
 _override: ContextVar[bool | None] = ContextVar("flash_attn_deterministic", default=None)
 
 
+@torch.compiler.disable
 def set_deterministic(enabled: bool) -> None:
     """Turns determinism on or off for the process; ``with deterministic():`` takes precedence."""
     global _process_default

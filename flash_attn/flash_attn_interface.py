@@ -17,9 +17,8 @@ from torch import Tensor
 
 import flash_attn_2_cuda as flash_attn_gpu  # noqa: F401  other packages look for this name here
 from flash_attn import _checks
-from flash_attn._native import contiguous_columns as maybe_contiguous  # noqa: F401
+from flash_attn._native import contiguous_columns, draw_seed, softmax_scale_of
 from flash_attn._native import round_up as round_multiple  # noqa: F401
-from flash_attn._native import softmax_scale_of
 from flash_attn._ops import (
     _flash_attn_backward,
     _flash_attn_forward,
@@ -36,6 +35,11 @@ _wrapped_flash_attn_varlen_backward = _flash_attn_varlen_backward
 
 Window = Sequence[int] | Tensor
 Attention = Any  # out, or (out, softmax_lse, S_dmask) when those are asked for
+
+
+def maybe_contiguous(x: Tensor | None) -> Tensor | None:
+    """``x`` with a contiguous last dimension: itself, or a copy."""
+    return None if x is None else contiguous_columns(x)
 
 
 def _get_block_size_n(device: Any, head_dim: int, is_dropout: bool, is_causal: bool) -> int:
@@ -80,6 +84,8 @@ def _attention(
         return_attn_probs,
         block_table,
         deterministic,
+        # Drawn outside the op, where a compiler knows that two draws differ.
+        draw_seed() if dropout_p > 0.0 else None,
     )
     return (out, softmax_lse, s_dmask) if return_attn_probs else out
 

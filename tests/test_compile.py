@@ -244,3 +244,46 @@ def test_a_forward_leaves_its_mode_in_rng_state_for_the_backward():
         with flash_attn.deterministic(mode):
             *_, rng_state = torch.ops.flash_attn._flash_attn_forward(*decode_inputs(), *options)
         assert rng_state.tolist() == [0, mode << 62]
+
+
+def test_two_equal_dropout_calls_in_one_graph_draw_two_masks():
+    q, k, v = (random_normal((2, 65, 2, 32), seed=i).requires_grad_() for i in range(3))
+
+    def twice(q, k, v):
+        return [flash_attn_func(q, k, v, dropout_p=0.5) for _ in range(2)]
+
+    first, second = torch.compile(twice, fullgraph=True, backend="aot_eager")(q, k, v)
+    assert not torch.equal(first, second)
+
+
+@backends
+def test_a_compiled_checkpoint_recomputes_under_the_same_mask(backend):
+    """out is linear in v: <dout, out> = <dv, v> when both passes drop the same weights."""
+    q, k, v = (random_normal((2, 65, 2, 32), seed=i).requires_grad_() for i in range(3))
+
+    def attend(q, k, v):
+        return flash_attn_func(q, k, v, dropout_p=0.5)
+
+    def checkpointed(q, k, v):
+        return torch.utils.checkpoint.checkpoint(attend, q, k, v, use_reentrant=False)
+
+    out = torch.compile(checkpointed, fullgraph=True, backend=backend)(q, k, v)
+    dout = random_normal(out.shape, seed=9)
+    (dv,) = torch.autograd.grad(out, v, dout)
+    torch.testing.assert_close((dout * out).sum(), (dv * v).sum(), rtol=1e-4, atol=1e-3)
+
+
+def test_setting_the_mode_inside_compiled_code_breaks_the_graph():
+    q, k, v = decode_inputs()
+
+    def switch_on(q, k, v):
+        flash_attn.set_deterministic(True)
+        return flash_attn_func(q, k, v)
+
+    expected = decode_in_both_modes()
+    flash_attn.set_deterministic(False)
+    assert_bitwise_equal(torch.compile(switch_on, backend="aot_eager")(q, k, v), expected[True])
+    flash_attn.set_deterministic(False)
+    torch.compiler.reset()
+    with pytest.raises(Exception, match="set_deterministic"):
+        torch.compile(switch_on, backend="aot_eager", fullgraph=True)(q, k, v)

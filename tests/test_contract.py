@@ -325,7 +325,9 @@ def test_instruction_sets_agree():
 
 def test_an_unknown_instruction_set_is_refused():
     """FLASH_ATTN_CPU_ISA is obeyed or refused: nothing falls back in silence."""
-    program = "import torch, flash_attn as f; x = torch.ones(1, 1, 1, 8); f.flash_attn_func(x, x, x)"
+    program = (
+        "import torch, flash_attn as f; x = torch.ones(1, 1, 1, 8); f.flash_attn_func(x, x, x)"
+    )
     environment = os.environ | {"FLASH_ATTN_CPU_ISA": "sse9"}
     result = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True

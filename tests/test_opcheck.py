@@ -61,9 +61,13 @@ def forward_cases() -> dict[str, tuple[str, tuple[object, ...]]]:
         ),
         "attend": (
             "_attend",
-            (*dense, None, None, S_Q, S_K, *CAPPED_WINDOW, slopes(), True, None, True),
+            (*dense, None, None, S_Q, S_K, *CAPPED_WINDOW, slopes(), True, None, True, None),
         ),
-        "attend, pack": ("_attend", (*pack, *packing(), *PLAIN, None, True, None, False)),
+        "attend, pack": ("_attend", (*pack, *packing(), *PLAIN, None, True, None, False, None)),
+        "attend, dropout": (
+            "_attend",
+            (*dense, None, None, S_Q, S_K, *DROPOUT, None, True, None, False, torch.tensor([5, 6])),
+        ),
     }
 
 

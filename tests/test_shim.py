@@ -253,3 +253,29 @@ def test_either_module_can_be_imported_first():
         "assert interface.flash_attn_gpu is flash_attn_2_cuda"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("zero_tensors", [False, True])
+def test_zero_tensors_clears_what_no_sequence_covers(zero_tensors):
+    """Rows 7 to 9 of the pack belong to nobody: a caller's dq keeps them unless told otherwise."""
+    q = random_normal((10, 2, 16), seed=0)
+    offsets = torch.tensor([0, 4, 7], dtype=torch.int32)
+    scoring = (0.0, 0.25, True, -1, -1, 0.0, None)
+    forward, backward = (
+        flash_attn_interface._flash_attn_varlen_forward,
+        flash_attn_interface._flash_attn_varlen_backward,
+    )
+    out, lse, _, rng_state = forward(q, q, q, offsets, offsets, 4, 4, *scoring)
+    gradients = [torch.full_like(q, 9.0) for _ in "qkv"]
+    packing = (offsets, offsets, 4, 4)
+    backward(q, q, q, q, out, lse, *gradients, *packing, *scoring, False, rng_state, zero_tensors)
+    for gradient in gradients:
+        assert (gradient[7:] == (0.0 if zero_tensors else 9.0)).all()
+    assert (out[7:] == 0).all() and (lse[:, 7:] == torch.inf).all()
+
+
+def test_maybe_contiguous_takes_none():
+    x = torch.zeros(4, 6)
+    assert flash_attn_interface.maybe_contiguous(None) is None
+    assert flash_attn_interface.maybe_contiguous(x) is x
+    assert flash_attn_interface.maybe_contiguous(x.T).is_contiguous()
