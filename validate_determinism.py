@@ -51,6 +51,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         const="full",
         help="more problems, and the cost reference points unscaled; about half an hour",
     )
+    parser.add_argument(
+        "--claims",
+        nargs="+",
+        metavar="KEY",
+        choices=verification.CLAIMS,
+        help=f"only these, and no costs: {', '.join(verification.CLAIMS)}",
+    )
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON too")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it (.png, .svg)")
@@ -59,8 +66,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     # What would fail at the end fails now.
     if options.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib: pip install matplotlib")
-    if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
-        parser.error(f"--device {options.device}: this PyTorch sees no CUDA device")
+    try:
+        device = torch.device(options.device)
+    except RuntimeError as error:
+        parser.error(f"--device {options.device}: {error}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        parser.error(f"--device {options.device}: no such CUDA device")
     return options
 
 
@@ -120,14 +131,18 @@ def run(options: argparse.Namespace) -> tuple[Report, list[dict[str, Any]]]:
         bar.set_description_str(what)
         done = step
 
-    report = verification.verify(effort=options.effort, device=options.device, progress=show)
+    report = verification.verify(
+        effort=options.effort, claims=options.claims, device=options.device, progress=show
+    )
     claims = done + 1
-    show("memory", claims, claims)
-    rows = costs.memory_rows(options.effort, options.device)
-    show("time", claims + 1, claims)
-    rows += costs.time_rows(options.effort, options.device)
+    rows = []
+    if options.claims is None:
+        show("memory", claims, claims)
+        rows += costs.memory_rows(options.effort, options.device)
+        show("time", claims + 1, claims)
+        rows += costs.time_rows(options.effort, options.device)
+    show("done", claims + COST_STEPS, claims)
     if bar is not None:
-        bar.update(1)
         bar.close()
     return report, rows
 
@@ -141,7 +156,7 @@ def render(report: Report, rows: list[dict[str, Any]], facts: dict[str, str], ef
         "A dash: the control has no such thing.",
         str(report),
         *_examples(report),
-        _cost_text(rows),
+        *([_cost_text(rows)] if rows else []),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -151,7 +166,7 @@ def _examples(report: Report) -> list[str]:
     lines = []
     for result in report.results:
         for name, outcome in result.outcomes.items():
-            if result.caught_in_standard and name != "deterministic" and outcome.mismatch:
+            if result.control and name != "deterministic" and outcome.mismatch:
                 lines.append(f"  {name}, {result.title}: {outcome.mismatch}")
     return ["Where the controls first differed:\n" + "\n".join(lines)] if lines else []
 
@@ -162,8 +177,7 @@ def _cost_text(rows: list[dict[str, Any]]) -> str:
 
     cells = []
     for row in rows:
-        standard, ours = row["standard"], row["deterministic"]
-        ratio = f"{ours / standard:.3f}" if standard and ours is not None else "not measured"
+        ratio = "not measured" if row["ratio"] is None else f"{row['ratio']:.3f}"
         numbers = [number(row[mode]) for mode in ("standard", "deterministic")]
         cells.append([row["what"], row["unit"], *numbers, ratio, number(row["pytorch"])])
     header = ["cost", "unit", "standard", "deterministic", "ratio", "PyTorch"]
@@ -171,7 +185,7 @@ def _cost_text(rows: list[dict[str, Any]]) -> str:
     reference = (
         f"Reference points: {points}, causal."
         + (" Scaled down in batch and heads for this run." if _scaled_down(rows) else "")
-        + "\nMemory: peak beyond the inputs, each mode in its own process. Time: medians, in turns."
+        + "\nMemory: peak beyond the inputs, each mode in its own process. Time: medians of turns."
     )
     return f"{reference}\n\n{table(header, cells)}"
 

@@ -16,6 +16,7 @@ import math
 from typing import Any
 
 import torch
+from hypothesis import example
 from hypothesis import strategies as st
 
 from flash_attn.reference import assert_accurate
@@ -185,6 +186,53 @@ def autograd(function, tensors, dout):
     leaves = [x.detach().requires_grad_() for x in tensors]
     out = function(*leaves)
     return torch.autograd.grad(out, leaves, dout.to(out.dtype))
+
+
+def with_examples(problems, *others):
+    """Explicit examples for a @given test: these problems, each with the same other arguments."""
+
+    def decorate(test):
+        for problem in problems:
+            test = example(problem, *others)(test)
+        return test
+
+    return decorate
+
+
+def without_softcap(problems):
+    return [dataclasses.replace(problem, softcap=0.0) for problem in problems]
+
+
+# Many features at once, so that a short run meets them too: grouped heads, a window that opens
+# inside a segment, blind rows, slopes per batch entry, every layout.
+RICH_DENSE = (
+    Problem(
+        *((200, 200), (600, 600), 6, 2, 40, torch.float32, "gapped"),
+        causal=True,
+        window_size=(300, -1),
+        softcap=1.5,
+        alibi="batch",
+        deterministic=True,
+    ),
+    Problem((90,), (70,), 4, 2, 33, torch.float16, "heads_first", window_size=(5, 60), seed=1),
+    Problem((3, 3), (1100, 1100), 8, 2, 128, torch.bfloat16, window_size=(-1, 0), alibi="heads"),
+)
+RICH_PACKS = (
+    Problem(
+        *((70, 0, 3, 130), (600, 64, 0, 65), 6, 2, 40, torch.float32, "gapped"),
+        causal=True,
+        window_size=(300, -1),
+        softcap=1.5,
+        alibi="batch",
+    ),
+    Problem(
+        *((5, 90), (1100, 70), 4, 2, 33, torch.float16, "heads_first"),
+        window_size=(5, 60),
+        deterministic=True,
+        seed=1,
+    ),
+    Problem((1, 1, 1), (64, 513, 1), 8, 2, 128, torch.bfloat16, causal=True, alibi="heads"),
+)
 
 
 @st.composite

@@ -9,11 +9,14 @@ import torch
 from hypothesis import given
 from strategies import (
     DTYPES,
+    RICH_DENSE,
+    RICH_PACKS,
     Problem,
     assert_gradients_accurate,
     autograd,
     dense_problems,
     varlen_problems,
+    with_examples,
 )
 
 from flash_attn import determinism, flash_attn_func, flash_attn_varlen_func
@@ -38,12 +41,14 @@ def check_dense(problem: Problem, label=""):
     )
 
 
+@with_examples(RICH_DENSE)
 @given(dense_problems(BUDGET))
 def test_dense(problem: Problem):
     """flash_attn_func over random shapes and options."""
     check_dense(problem)
 
 
+@with_examples(RICH_PACKS)
 @given(varlen_problems(BUDGET))
 def test_varlen(problem: Problem):
     """flash_attn_varlen_func over ragged packs, empty sequences included."""

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import math
 import os
+import random
 import subprocess
 import sys
 
@@ -17,7 +18,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import BLOCK, DTYPES, SEGMENT, Problem, autograd, dense_problems, varlen_problems
+from strategies import (
+    BLOCK,
+    DTYPES,
+    RICH_DENSE,
+    RICH_PACKS,
+    SEGMENT,
+    Problem,
+    autograd,
+    dense_problems,
+    varlen_problems,
+    with_examples,
+)
 
 from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 from flash_attn.determinism import deterministic, explain, forward_partials, reduce_partials
@@ -238,8 +250,9 @@ def test_rows_among_strangers(stranger):
         assert_bitwise_equal(moved[0, row, head], dq[0, row, head], f"dq {row}, {head}")
 
 
+@with_examples(RICH_PACKS, random.Random(0))
 @given(varlen_problems(1 << 21), st.randoms(use_true_random=False))
-def test_sequences_in_any_company(problem, random):
+def test_sequences_in_any_company(problem, choice):
     """Each sequence of a random pack, alone: out, lse and all three gradients."""
     tensors, options = problem.packed(), problem.options()
     cu_q, cu_k = cumulative_lengths(problem.lengths_q), cumulative_lengths(problem.lengths_k)
@@ -248,7 +261,7 @@ def test_sequences_in_any_company(problem, random):
     out, lse, _ = flash_attn_varlen_func(*leaves, *extents, return_attn_probs=True, **options)
     dout = problem.upstream_gradient(out)
     grads = torch.autograd.grad(out, leaves, dout)
-    b = random.randrange(problem.b)
+    b = choice.randrange(problem.b)
     queries, keys = slice(*cu_q[b : b + 2].tolist()), slice(*cu_k[b : b + 2].tolist())
     if problem.alibi == "batch":
         options["alibi_slopes"] = options["alibi_slopes"][b : b + 1]
@@ -412,6 +425,7 @@ def test_boundaries_are_a_property_of_the_position(short, long):
     assert steps == [512 if x < 16384 else 1024 if x < 65536 else 4096 for x in begins[:-1]]
 
 
+@with_examples(RICH_DENSE, 2, 0)
 @given(dense_problems(1 << 22), st.sampled_from([0, 1, 2, 5]), st.integers(-4, 12))
 def test_reduction_in_pytorch_is_the_fused_one(problem, num_splits, exponent):
     """forward_partials and reduce_partials give the bytes of the fused call, in both modes."""
@@ -425,6 +439,7 @@ def test_reduction_in_pytorch_is_the_fused_one(problem, num_splits, exponent):
     assert_same(reduce_partials(partials, problem.dtype), fused, "reduced in PyTorch")
 
 
+@with_examples(RICH_PACKS)
 @given(varlen_problems(1 << 21))
 def test_reduction_of_a_pack(problem):
     """The same for packs; out (n, total_q, h_q, d), max_log2 and sum (n, h_q, total_q)."""

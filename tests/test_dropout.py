@@ -12,12 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import (
     DTYPES,
+    RICH_DENSE,
+    RICH_PACKS,
     SCORE_NOISE,
     Problem,
     assert_forward_accurate,
     assert_gradients_accurate,
     dense_problems,
     varlen_problems,
+    with_examples,
+    without_softcap,
 )
 
 from flash_attn import determinism, flash_attn_func, flash_attn_varlen_func
@@ -217,6 +221,7 @@ def test_s_dmask_is_empty_without_dropout():
 # ---- Results under the mask ----
 
 
+@with_examples(without_softcap(RICH_DENSE), 0.2)
 @given(dense_problems(SMALL_BUDGET, softcap=False), PROBABILITIES)
 def test_dense_under_its_mask(problem: Problem, dropout_p: float):
     """out, lse, dq, dk and dv agree with the float64 reference that is given the same mask."""
@@ -237,6 +242,7 @@ def test_dense_under_its_mask(problem: Problem, dropout_p: float):
     )
 
 
+@with_examples(without_softcap(RICH_PACKS), 0.2)
 @given(varlen_problems(SMALL_BUDGET, softcap=False), PROBABILITIES)
 def test_varlen_under_its_mask(problem: Problem, dropout_p: float):
     """The same for packs; S_dmask is (b, h_q, round_up(max_q, 128), round_up(max_k, 128))."""

@@ -10,7 +10,7 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import (
     BUDGET,
@@ -230,6 +230,19 @@ def cache_calls(draw: st.DrawFn) -> CacheCall:
     )
 
 
+@example(
+    CacheCall(
+        Problem(
+            *((9, 9, 9), (530, 0, 64), 6, 2, 40, torch.bfloat16, "gapped"),
+            causal=True,
+            window_size=(200, -1),
+            alibi="batch",
+        ),
+        s_new=9,
+        page=7,
+        rotary_dim=32,
+    )
+)
 @given(cache_calls())
 def test_random_calls(call: CacheCall):
     """Any combination of append, rotation, padding, batch index, pages and masks."""

@@ -29,11 +29,12 @@ ROW_CLAIMS = ("chunks", "decode", "speculative", "grad_chunks")
 # fresh_process starts interpreters: once, below, is enough.
 RANDOM_CLAIMS = [claim for key, claim in CLAIMS.items() if key != "process"]
 
+AROUND_BLOCKS = st.builds(lambda n, side: n * BLOCK + side, st.integers(1, 6), st.integers(-1, 1))
+AROUND_SEGMENTS = st.builds(
+    lambda n, side: n * SEGMENT + side, st.integers(1, 3), st.integers(-1, 2)
+)
 LENGTHS = st.one_of(
-    st.integers(1, 9),
-    st.builds(lambda n, side: n * BLOCK + side, st.integers(1, 6), st.integers(-1, 1)),
-    st.builds(lambda n, side: n * SEGMENT + side, st.integers(1, 3), st.integers(-1, 2)),
-    st.integers(1, 3 * SEGMENT),
+    st.integers(1, 9), AROUND_BLOCKS, AROUND_SEGMENTS, st.integers(SEGMENT, 3 * SEGMENT)
 )
 HEAD_DIMS = st.one_of(st.sampled_from([32, 64, 96, 128, 256]), st.integers(1, 200))
 WINDOWS = st.one_of(

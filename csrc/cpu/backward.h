@@ -1,13 +1,12 @@
 // The backward pass, in two walks that never add into each other's results:
-//   query tiles   dQ of a row sums over its keys in ascending order;
-//   key tiles     dK, dV of a key sum over query heads, and inside a head over queries, in
-//   ascending order.
+//   query tiles  dQ of a row sums over blocks of keys in ascending order;
+//   key tiles    dK, dV of a key sum over query heads, in each over blocks of queries, ascending.
 // Scores are computed in both, which costs two products of seven and buys results that no schedule
 // can touch, with no memory beyond the tile's own.
 //
 //   P = exp(S - lse), dP = dO V^T, dS = P (dP - delta), delta = sum(dO * O)
-//   dQ = scale dS K, dK = scale dS^T Q, dV = P^T dO        (dropout multiplies P in dV, and dP, by
-//   keep / (1 - p))
+//   dQ = scale dS K, dK = scale dS^T Q, dV = P^T dO
+// Dropout multiplies P in dV, and dP, by keep / (1 - p).
 #pragma once
 
 #include "csrc/cpu/dropout.h"

@@ -65,7 +65,6 @@ struct ForwardTile {
   int64_t const group, d, d_pad;
   Sequence const sequence;
   ScoreScale const scale;
-  int64_t const head_kv;
   BlockScratch const shared;
   RowScratch const scratch;
   KeyRows const keys, values;
@@ -79,7 +78,6 @@ struct ForwardTile {
         d_pad(round_up_lanes(p.layout.d)),
         sequence(sequence_of(p.layout, t.batch)),
         scale(ScoreScale::of(p.score)),
-        head_kv(head),
         shared(block_floats, t.num_rows, p.layout.d),
         scratch(row_floats, t.num_rows, p.layout.d),
         keys(key_rows(p.k, p.layout, sequence, head, kBytes)),
@@ -110,10 +108,9 @@ struct ForwardTile {
     }
   }
 
-  // s (rows r0 .. r0 + n, 64 keys of the block) = scores in log2 units, -inf where masked. Only the
-  // lanes of
-  // [*vec_begin, *vec_end) * 16 are computed: no row of the group sees the others. False: none sees
-  // any.
+  // s (rows r0 .. r0 + n, 64 keys of the block) = scores in log2 units, -inf where masked. Only
+  // lanes [*vec_begin, *vec_end) * 16 are computed: no row of the group sees the others. False if
+  // no row sees any.
   bool scores(int64_t r0, int64_t n, int64_t block_begin, RowView const* rows, int* vec_begin,
               int* vec_end) const {
     BlockView seen = view_block(rows[0], block_begin);
@@ -265,8 +262,7 @@ struct ForwardTile {
     std::memset(scratch.o_fold, 0, sizeof(float) * tile.num_rows * d_pad);
   }
 
-  // out = O / l, rounded once; a row that saw nothing is zero. Adding +0 gives every zero the same
-  // sign.
+  // out = O / l, rounded once; a row that saw nothing is zero. Adding +0 gives all zeros one sign.
   void finish() const {
     for (int64_t r = 0; r < tile.num_rows; ++r) {
       RowView const& view = row(r);

@@ -4,15 +4,16 @@
     print(verify(seqlens_q=(1,) * 4, seqlens_k=(9000, 800, 77, 1), h_q=32, h_kv=8, d=128))
 
 problem.py says what a problem is, engines.py who computes it, relations.py what has to be equal,
-claims.py which relations make the guarantee, report.py how it is shown. costs.py measures time and
-memory.
+claims.py which relations make the guarantee, suite.py on which problems they are tried, report.py
+how it is shown. costs.py measures time and memory.
 """
 
-from .claims import CLAIMS, Claim, standard_problems, verify
+from .claims import CLAIMS, Claim, verify
 from .engines import ENGINES, Engine, FlashAttention, PyTorchAttention
 from .problem import Problem, Sequence
 from .relations import Outcome
 from .report import ClaimResult, Report
+from .suite import standard_problems
 
 __all__ = [
     "CLAIMS",

@@ -1,4 +1,4 @@
-"""The claims by name, the problems they are tried on, and `verify`, which runs them."""
+"""The claims by name, and `verify`, which runs them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from . import relations
+from . import relations as r
 from .engines import ENGINES, Engine
-from .problem import Problem, contract_steps
+from .problem import Problem
 from .relations import Broken, Outcome, Subject
 from .report import ClaimResult, Report
+from .suite import standard_problems
 
 Relation = Callable[[Problem, Subject, Outcome], None]
 
@@ -22,8 +23,8 @@ Relation = Callable[[Problem, Subject, Outcome], None]
 class Claim:
     """A relation, and what its row in the table says.
 
-    `caught_in_standard`: standard mode is known to break it, so a control that does not is no
-    control. `once`: the first problem is enough (it starts processes).
+    `control`: standard mode is known to break it; when it does not, nothing was proven.
+    `once`: the first problem is enough (it starts processes).
     """
 
     key: str
@@ -31,7 +32,7 @@ class Claim:
     varied: str
     relation: Relation = field(repr=False)
     gradients: bool = False
-    caught_in_standard: bool = False
+    control: bool = False
     once: bool = False
 
     def applies(self, problem: Problem, engine: Engine) -> bool:
@@ -58,168 +59,38 @@ class Claim:
         return outcome
 
 
-def _claims() -> Iterator[Claim]:
-    r = relations
-    yield Claim("run", "run to run", "the same call again, poisoned scratch", r.run_to_run)
-    yield Claim("process", "fresh process", "process, instruction set", r.fresh_process, once=True)
-    yield Claim(
-        "batch", "batch 8 = 4+4 = 1", "sequences per call", r.batch_size, caught_in_standard=True
-    )
-    yield Claim("position", "position in the batch", "reversed, rotated", r.position)
-    yield Claim("neighbours", "neighbours", "their lengths and values, NaN too", r.neighbours)
-    yield Claim("layout", "dense = varlen = kvcache = paged", "layout, shuffled pages", r.layouts)
-    yield Claim("unused", "unused memory", "cache rows, page tails: 0, Inf, -3e4", r.unused_memory)
-    yield Claim(
-        "chunks", "chunked = whole prefill", "chunk size, append, packing", r.chunked_prefill
-    )
-    yield Claim(
-        "decode",
-        "decode row = prefill row",
-        "rows per call, layout",
-        r.decode,
-        caught_in_standard=True,
-    )
-    yield Claim("speculative", "k draft tokens = prefill rows", "k = 2, 3, 5, 8", r.speculative)
-    yield Claim("heads", "head sharding", "heads per call, groups kept", r.head_sharding)
-    yield Claim("threads", "thread count", "1, 2, 3 and more threads", r.thread_count)
-    yield Claim("num_splits", "num_splits is a hint", "1, 2, 3, 7, 128", r.num_splits)
-    yield Claim("reduction", "fused = PyTorch-side fold", "who folds the segments", r.reduction)
-    for key, relation in {
-        "run": r.run_to_run,
-        "batch": r.batch_size,
-        "position": r.position,
-        "neighbours": r.neighbours,
-        "layout": r.layouts,
-        "chunks": r.chunked_gradients,
-        "heads": r.head_sharding,
-        "threads": r.thread_count,
-    }.items():
-        title, varied = _GRADIENT_ROWS[key]
-        yield Claim(f"grad_{key}", f"gradients: {title}", varied, relation, gradients=True)
-
-
-_GRADIENT_ROWS = {
-    "run": ("run to run", "the same call again, dropout too"),
-    "batch": ("batch 8 = 4+4 = 1", "sequences per call"),
-    "position": ("position", "reversed, rotated"),
-    "neighbours": ("neighbours", "their lengths and values, NaN too"),
-    "layout": ("varlen = dense", "layout"),
-    "chunks": ("dQ of a chunk", "chunk size"),
-    "heads": ("head sharding", "heads per call, groups kept"),
-    "threads": ("thread count", "1, 2, 3 and more threads"),
-}
-
-CLAIMS: dict[str, Claim] = {claim.key: claim for claim in _claims()}
-
-
-def standard_problems(effort: str = "default", device: str = "cpu") -> list[Problem]:
-    """Problems whose lengths cross blocks and segments raggedly; `effort` as in `verify`.
-
-    Lengths derive from the block and segment sizes that the library states for the device, so a
-    family with longer segments gets longer problems.
-    """
-    gpu = torch.device(device).type == "cuda"
-    common: dict[str, Any] = {"device": device, "page_size": 256 if gpu else 16}
-    wide = torch.bfloat16 if gpu else torch.float32
-    probe = Problem((1,), (16384,), dtype=wide, **common)
-    block, boundaries = contract_steps(probe)
-    segment = boundaries[1]
-    # Whole segments, one block, and 13 keys of the next block: every kind of ragged end at once.
-    medium, long = segment + block + 13, 2 * segment + block + 13
-    quick = [
-        Problem((medium,) * 3, (medium,) * 3, h_q=2, d=64, dtype=wide, name="prefill", **common),
-        Problem(
-            (1,) * 8,
-            # Long and short neighbours; both sides of a segment and of a block; a single key.
-            (4 * segment + 45, long, segment + 1, segment, block + 1, block, 700, 1),
-            d=128,
-            dtype=torch.float16,
-            name="decode",
-            **common,
-        ),
-        Problem(
-            (1, 1),  # few rows: the more reason to split, and to split by the neighbour's length
-            (4 * segment + 45, long),
-            h_kv=1,
-            dtype=torch.bfloat16,
-            name="small decode",
-            **common,
-        ),
-        Problem(
-            (medium, 1, 2 * block + 2, 77),
-            (medium, segment + 3, 2 * block + 2, 77),
-            d=40,  # not a power of two, not a multiple of 16
-            dtype=torch.bfloat16,
-            window_size=(block * 3 + 5, -1),
-            alibi=True,
-            softcap=20.0,
-            name="every feature",
-            **common,
-        ),
-        Problem(
-            (200, 129, 1, 64),  # new tokens behind a cached prefix, across a segment's end
-            (4 * segment + 45, long, segment + 1, 64),
-            d=96,
-            dtype=torch.bfloat16,
-            name="cached prefix",
-            **{**common, "page_size": common["page_size"] if gpu else 7},
-        ),
-    ]
-    if effort == "quick":
-        return quick
-    default = [
-        *quick,
-        Problem(
-            (long,) * 2, (long,) * 2, d=128, dtype=torch.float16, name="longer prefill", **common
-        ),
-        Problem(
-            (long, 300, 45),
-            (segment + 77, 300, long),  # more queries than keys, as many, fewer
-            h_q=2,
-            h_kv=1,
-            d=33,
-            dtype=wide,
-            causal=False,
-            name="cross attention",
-            **common,
-        ),
-        Problem(
-            (1,) * 3,
-            (20000, 16384, 5 * segment - 1),  # past 16384 keys, where segments may grow
-            h_q=6,
-            dtype=torch.bfloat16,
-            name="long decode",
-            **common,
-        ),
-    ]
-    if effort == "default":
-        return default
-    sweep = [
-        Problem(
-            (long, segment - 1, 300),
-            (long, segment + 1, 300),
-            h_q=8,
-            d=d,
-            dtype=dtype,
-            causal=causal,
-            seed=d,
-            name="sweep",
-            **common,
+_ALL_CLAIMS = (
+    # key, title, what is varied, relation
+    Claim("run", "run to run", "the same call again, poisoned scratch", r.run_to_run),
+    Claim("process", "fresh process", "process, instruction set", r.fresh_process, once=True),
+    Claim("batch", "batch 8 = 4+4 = 1", "sequences per call", r.batch_size, control=True),
+    Claim("position", "position in the batch", "reversed, rotated", r.position),
+    Claim("neighbours", "neighbours", "their lengths and values, NaN too", r.neighbours),
+    Claim("layout", "dense = varlen = kvcache = paged", "layout, shuffled pages", r.layouts),
+    Claim("unused", "unused memory", "cache rows, page tails: 0, Inf, -3e4", r.unused_memory),
+    Claim("chunks", "chunked = whole prefill", "chunk size, append, packing", r.chunked_prefill),
+    Claim("decode", "decode row = prefill row", "rows per call, layout", r.decode, control=True),
+    Claim("speculative", "k draft tokens = prefill rows", "k = 2, 3, 5, 8", r.speculative),
+    Claim("heads", "head sharding", "heads per call, groups kept", r.head_sharding),
+    Claim("threads", "thread count", "1, 2, 3 and more threads", r.thread_count, control=True),
+    Claim("num_splits", "num_splits is a hint", "1, 2, 3, 7, 128", r.num_splits, control=True),
+    Claim("reduction", "fused = PyTorch-side fold", "who folds the segments", r.reduction),
+    *(
+        Claim(f"grad_{key}", f"gradients: {title}", varied, relation, gradients=True)
+        for key, title, varied, relation in (
+            ("run", "run to run", "the same call again, dropout too", r.run_to_run),
+            ("batch", "batch 8 = 4+4 = 1", "sequences per call", r.batch_size),
+            ("position", "position", "reversed, rotated", r.position),
+            ("neighbours", "neighbours", "their lengths and values, NaN too", r.neighbours),
+            ("layout", "varlen = dense", "layout", r.layouts),
+            ("chunks", "dQ of a chunk", "chunk size", r.chunked_gradients),
+            ("heads", "head sharding", "heads per call, groups kept", r.head_sharding),
+            ("threads", "thread count", "1, 2, 3 and more threads", r.thread_count),
         )
-        for d in (32, 80, 128, 192, 256)
-        for dtype in (wide, torch.float16)
-        for causal in (True, False)
-    ]
-    far = Problem(
-        (300, 1),
-        (70001, 66000),  # past 65536 keys, where segments may grow again
-        h_kv=1,
-        d=128,
-        dtype=torch.bfloat16,
-        name="very long cache",
-        **common,
-    )
-    return [*default, *sweep, far]
+    ),
+)
+
+CLAIMS: dict[str, Claim] = {claim.key: claim for claim in _ALL_CLAIMS}
 
 
 def verify(
@@ -272,9 +143,7 @@ def verify(
                     progress(f"{claim.title} [{engine.title}]", step, len(chosen) * len(engines))
                 outcomes[engine.name] = _over_problems(claim, problems, engine)
             results.append(
-                ClaimResult(
-                    claim.key, claim.title, claim.varied, claim.caught_in_standard, outcomes
-                )
+                ClaimResult(claim.key, claim.title, claim.varied, claim.control, outcomes)
             )
     return Report(results, [str(p) for p in problems])
 

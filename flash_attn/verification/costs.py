@@ -53,7 +53,7 @@ def scaled(point: Shape, heads: int, effort: str, device: str) -> Shape:
 
 
 def time_rows(effort: str, device: str) -> list[dict[str, Any]]:
-    """Median milliseconds, the modes taking turns so that a busy moment hits all of them."""
+    """Milliseconds, the modes taking turns so that a busy moment hits all of them."""
     quick = effort == "quick"
     shape = scaled(TIME_POINT, 1 if quick else 8, effort, device)
     one_query = scaled(DECODE_POINT, 8 if quick else 32, effort, device)
@@ -61,15 +61,15 @@ def time_rows(effort: str, device: str) -> list[dict[str, Any]]:
     forward, both = _calls(shape, shape.s, device, backward=False), _calls(shape, shape.s, device)
     decode = _calls(one_query, 1, device, backward=False)
     return [
-        _row(f"forward {shape}", "ms", _interleaved_medians(forward, rounds, device)),
-        _row(f"forward + backward {shape}", "ms", _interleaved_medians(both, rounds, device)),
-        _row(f"decode {one_query}", "ms", _interleaved_medians(decode, 4 * rounds, device)),
+        _timed(f"forward {shape}", forward, rounds, device),
+        _timed(f"forward + backward {shape}", both, rounds, device),
+        _timed(f"decode {one_query}", decode, 4 * rounds, device),
     ]
 
 
 def memory_rows(effort: str, device: str) -> list[dict[str, Any]]:
     """Peak mebibytes beyond the inputs, each mode in a process of its own."""
-    shape = scaled(MEMORY_POINT, 8 if effort == "quick" else 32, effort, device)
+    shape = scaled(MEMORY_POINT, 16 if effort == "quick" else 32, effort, device)
     children = {
         mode: start_python(
             f"from {__name__} import print_peaks; print_peaks()",
@@ -79,14 +79,13 @@ def memory_rows(effort: str, device: str) -> list[dict[str, Any]]:
         for mode in MODES
     }
     peaks = {mode: json.loads(output_of(child)) for mode, child in children.items()}
-    return [
-        _row(f"{what} {shape}", "MiB", {mode: peaks[mode][what] for mode in MODES})
-        for what in ("forward", "forward + backward")
-    ]
-
-
-def _row(what: str, unit: str, values: dict[str, float | None]) -> dict[str, Any]:
-    return {"what": what, "unit": unit, **values}
+    rows: list[dict[str, Any]] = []
+    for what in ("forward", "forward + backward"):
+        found = {mode: peaks[mode][what] for mode in MODES}
+        known = found["standard"] and found["deterministic"]
+        ratio = found["deterministic"] / found["standard"] if known else None
+        rows.append({"what": f"{what} {shape}", "unit": "MiB", **found, "ratio": ratio})
+    return rows
 
 
 def _tensors(shape: Shape, s_q: int, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -132,19 +131,24 @@ def _calls(
     return {mode: lambda mode=mode: call(mode) for mode in MODES}  # type: ignore[misc]
 
 
-def _interleaved_medians(
-    calls: dict[str, Callable[[], None]], rounds: int, device: str
-) -> dict[str, float | None]:
-    taken: dict[str, list[float]] = {mode: [] for mode in calls}
-    for turn in range(rounds + 1):
+def _timed(
+    what: str, calls: dict[str, Callable[[], None]], rounds: int, device: str
+) -> dict[str, Any]:
+    """Medians over turns; the ratio is the median of the ratios within a turn."""
+    turns: list[dict[str, float]] = []
+    for _ in range(rounds + 1):
+        turn = {}
         for mode, call in calls.items():
             _synchronize(device)
             start = time.perf_counter()
             call()
             _synchronize(device)
-            if turn:  # the first turn warms up
-                taken[mode].append((time.perf_counter() - start) * 1e3)
-    return {mode: statistics.median(times) for mode, times in taken.items()}
+            turn[mode] = (time.perf_counter() - start) * 1e3
+        turns.append(turn)
+    del turns[0]  # it warmed up
+    medians = {mode: statistics.median(turn[mode] for turn in turns) for mode in calls}
+    ratio = statistics.median(turn["deterministic"] / turn["standard"] for turn in turns)
+    return {"what": what, "unit": "ms", **medians, "ratio": ratio}
 
 
 def _synchronize(device: str) -> None:

@@ -268,7 +268,8 @@ def _cut(problem: Problem, sequences: Seq[Sequence], pieces: Seq[Piece]) -> list
 def head_sharding(problem: Problem, subject: Subject, outcome: Outcome) -> None:
     """The heads split over several calls, GQA groups kept whole, as tensor parallelism does."""
     sequences = problem.sequences()
-    widths = [w for w in range(1, problem.h_kv) if problem.h_kv % w == 0]
+    divisors = [w for w in range(1, problem.h_kv) if problem.h_kv % w == 0]
+    widths = sorted({*divisors[:1], *divisors[-1:]})  # one head a call, and the fewest calls
     group = problem.h_q // problem.h_kv
     for layout in subject.layouts:
         whole = subject.run(problem, sequences, layout)

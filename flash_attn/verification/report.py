@@ -20,7 +20,7 @@ class ClaimResult:
     key: str
     title: str
     varied: str
-    caught_in_standard: bool  # standard mode has to break it
+    control: bool  # standard mode has to break it
     outcomes: dict[str, Outcome]
 
     @property
@@ -63,13 +63,13 @@ class Report:
         return [
             result.title
             for result in self.results
-            if result.caught_in_standard and result.ran and result.word("standard") != "differs"
+            if result.control and result.ran and result.word("standard") != "differs"
         ]
 
     @property
     def caught(self) -> bool:
         """The control differed where it must, and there was such a place."""
-        expected = any(result.caught_in_standard and result.ran for result in self.results)
+        expected = any(result.control and result.ran for result in self.results)
         return expected and not self.missed
 
     @property
@@ -117,7 +117,7 @@ class Report:
                     "key": result.key,
                     "title": result.title,
                     "varied": result.varied,
-                    "control_must_differ": result.caught_in_standard,
+                    "control_must_differ": result.control,
                     "engines": {
                         name: {
                             "verdict": result.word(name),
@@ -168,8 +168,8 @@ def save_plot(path: str | Path, report: Report, costs: Seq[dict[str, Any]]) -> N
     """Draw claims x engines, and beside them time and memory of both modes relative to standard.
 
     Args:
-        costs: rows with "what" (a label) and "standard", "deterministic", "pytorch" (numbers, or
-        None).
+        costs: nothing, or rows with "what" (a label), "unit", and a number or None for each of
+            "standard", "deterministic" and "pytorch".
     """
     import matplotlib
 
@@ -178,11 +178,18 @@ def save_plot(path: str | Path, report: Report, costs: Seq[dict[str, Any]]) -> N
 
     engines = [name for name in ENGINE_TITLES if any(name in r.outcomes for r in report.results)]
     height = 1.6 + 0.3 * len(report.results)
-    figure, (left, right) = pyplot.subplots(
-        1, 2, figsize=(13, height), width_ratios=(1.15, 1), layout="constrained"
+    panels = 2 if costs else 1
+    figure, axes = pyplot.subplots(
+        1,
+        panels,
+        figsize=(6.5 * panels, height),
+        width_ratios=(1.15, 1)[:panels],
+        layout="constrained",
+        squeeze=False,
     )
-    _draw_claims(left, report, engines)
-    _draw_costs(right, costs)
+    _draw_claims(axes[0, 0], report, engines)
+    if costs:
+        _draw_costs(axes[0, 1], costs)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
@@ -196,18 +203,19 @@ def _draw_claims(axes: Any, report: Report, engines: list[str]) -> None:
     axes.set_yticks(range(len(report.results)), [r.title for r in report.results], fontsize=9)
     axes.set_xticks([i + 0.5 for i in range(len(engines))], [ENGINE_TITLES[n] for n in engines])
     axes.set_xlim(0, len(engines))
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    axes.set_title("Same bytes under every schedule?", pad=24)
+    axes.set_title("Same bytes under every schedule?", pad=12)
 
 
 def _draw_costs(axes: Any, costs: Seq[dict[str, Any]]) -> None:
     colours = {"standard": "#8d99ae", "deterministic": "#2a9d5c", "pytorch": "#e9a23b"}
     labels = []
     for row, cost in enumerate(costs):
-        labels.append(cost["what"])
+        labels.append(cost["what"].replace(" (", "\n(", 1))
         for offset, (name, colour) in enumerate(colours.items()):
             if cost.get(name) is None or not cost["standard"]:
                 continue
@@ -218,8 +226,8 @@ def _draw_costs(axes: Any, costs: Seq[dict[str, Any]]) -> None:
             axes.text(ratio, place, f" {cost[name]:.4g} {cost['unit']}", va="center", fontsize=8)
     axes.axvline(1.0, color="#444444", linewidth=0.8)
     axes.set_yticks(range(len(labels)), labels, fontsize=9)
-    axes.margins(x=0.25)
+    axes.margins(x=0.3, y=0.01)
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title("Time and memory relative to standard mode")
-    axes.legend(loc="lower right", fontsize=8)
+    axes.set_title("Time and memory (1 = standard mode)")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.05), ncols=3, frameon=False)
