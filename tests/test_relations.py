@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flash_attn import determinism, flash_attn_func
 from flash_attn.testing import assert_bitwise_equal, bitwise_equal, first_mismatch, page_table
 from flash_attn.verification import (
     CLAIMS,
@@ -103,7 +104,9 @@ def breaks(claim, engine):
     )
 
 
-@pytest.mark.parametrize("key", ["batch", "layout", "chunks", "decode", "threads", "num_splits"])
+@pytest.mark.parametrize(
+    "key", ["batch", "neighbours", "layout", "chunks", "decode", "heads", "threads", "num_splits"]
+)
 def test_control_standard_mode_breaks(key):
     """Standard mode splits by batch and threads: what these claims forbid, they must see."""
     assert breaks(CLAIMS[key], ENGINES["standard"])
@@ -156,6 +159,19 @@ def test_control_one_wrong_bit_is_found(claim, monkeypatch):
     assert mismatch is not None
     assert mismatch.coordinate == (0, 0, 0)
     assert mismatch.differing == 1
+
+
+def test_control_another_fold_order_breaks():
+    """The PyTorch-side fold repeats the kernel's bytes because of its order, not by luck."""
+    q, k, v = torch.randn(3, 1, 1100, 2, 32)  # three segments
+    with determinism.deterministic():
+        out = flash_attn_func(q, k, v)
+        partials = determinism.forward_partials(q, k, v)
+    backwards = determinism.Partials(
+        partials.out.flip(0), partials.max_log2.flip(0), partials.sum.flip(0)
+    )
+    assert bitwise_equal(determinism.reduce_partials(partials, q.dtype)[0], out)
+    assert not bitwise_equal(determinism.reduce_partials(backwards, q.dtype)[0], out)
 
 
 def test_lengths_cross_real_boundaries():

@@ -1,21 +1,17 @@
-"""What flash_attn 2.8 does, fact by fact: names, signatures, shapes, masks, empty extents.
+"""What flash_attn 2.8 does, fact by fact: shapes, masks, strides, empty extents.
 
 Accuracy has its own files. Here every fact is checked where it can be read off exactly: with q = 0
 all visible keys weigh the same, and with unit vectors for values an output row lists the keys that
 it saw.
 """
 
-import inspect
 import itertools
 import math
 
 import pytest
 import torch
-from packaging.version import Version
 from strategies import Problem
 
-import flash_attn
-import flash_attn_2_cuda
 from flash_attn import (
     flash_attn_func,
     flash_attn_interface,
@@ -28,78 +24,6 @@ from flash_attn import (
 )
 from flash_attn.reference import visible_keys
 from flash_attn.testing import assert_bitwise_equal, cumulative_lengths, random_normal
-
-TAIL = {
-    "dropout_p": 0.0,
-    "softmax_scale": None,
-    "causal": False,
-    "window_size": (-1, -1),
-    "softcap": 0.0,
-    "alibi_slopes": None,
-    "deterministic": False,
-    "return_attn_probs": False,
-}
-NO_DEFAULT = inspect.Parameter.empty
-PUBLIC = {
-    "flash_attn_func": (["q", "k", "v"], TAIL),
-    "flash_attn_kvpacked_func": (["q", "kv"], TAIL),
-    "flash_attn_qkvpacked_func": (["qkv"], TAIL),
-    "flash_attn_varlen_func": (
-        ["q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"],
-        TAIL | {"block_table": None},
-    ),
-    "flash_attn_varlen_kvpacked_func": (
-        ["q", "kv", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"],
-        TAIL,
-    ),
-    "flash_attn_varlen_qkvpacked_func": (["qkv", "cu_seqlens", "max_seqlen"], TAIL),
-    "flash_attn_with_kvcache": (
-        ["q", "k_cache", "v_cache"],
-        {
-            "k": None,
-            "v": None,
-            "rotary_cos": None,
-            "rotary_sin": None,
-            "cache_seqlens": None,
-            "cache_batch_idx": None,
-            "cache_leftpad": None,
-            "block_table": None,
-            "softmax_scale": None,
-            "causal": False,
-            "window_size": (-1, -1),
-            "softcap": 0.0,
-            "rotary_interleaved": True,
-            "alibi_slopes": None,
-            "num_splits": 0,
-            "return_softmax_lse": False,
-        },
-    ),
-}
-SCORE = "dropout_p softmax_scale causal window_size_left window_size_right softcap alibi_slopes"
-LENGTHS = "cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k"
-BACKWARD = "dout q k v out softmax_lse dq dk dv"
-LOW_LEVEL = {
-    "_flash_attn_forward": (f"q k v {SCORE} return_softmax", {}),
-    "_flash_attn_varlen_forward": (
-        f"q k v {LENGTHS} dropout_p softmax_scale causal",
-        {
-            "window_size_left": -1,
-            "window_size_right": -1,
-            "softcap": 0.0,
-            "alibi_slopes": None,
-            "return_softmax": False,
-            "block_table": None,
-            "leftpad_k": None,
-            "seqused_k": None,
-            "zero_tensors": False,
-        },
-    ),
-    "_flash_attn_backward": (f"{BACKWARD} {SCORE} deterministic", {"rng_state": None}),
-    "_flash_attn_varlen_backward": (
-        f"{BACKWARD} {LENGTHS} {SCORE} deterministic",
-        {"rng_state": None, "zero_tensors": False},
-    ),
-}
 
 
 def seen_keys(function, s_q, s_k, **options):
@@ -127,70 +51,6 @@ def as_kvcache(q, k, v, return_attn_probs, **options):
     length = torch.tensor([k.shape[1]], dtype=torch.int32)
     options |= {"cache_seqlens": length, "return_softmax_lse": True}
     return *flash_attn_with_kvcache(q, *cache, **options), None
-
-
-# ---- Names and signatures (API 1.1 to 1.4) ----
-
-
-@pytest.mark.parametrize("name", PUBLIC)
-def test_public_signature(name):
-    """Names, order and defaults of the parameters: Transformers inspects them."""
-    required, defaults = PUBLIC[name]
-    parameters = inspect.signature(getattr(flash_attn, name)).parameters
-    assert list(parameters) == [*required, *defaults]
-    for parameter in parameters.values():
-        assert parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
-        assert parameter.default == defaults.get(parameter.name, NO_DEFAULT)
-    assert getattr(flash_attn_interface, name) is getattr(flash_attn, name)
-
-
-@pytest.mark.parametrize("name", LOW_LEVEL)
-def test_low_level_signature(name):
-    """The four custom ops: names, order and defaults, as ring-style libraries introspect them."""
-    required, defaults = LOW_LEVEL[name]
-    op = getattr(flash_attn_interface, name)
-    assert isinstance(op, torch._library.custom_ops.CustomOpDef)
-    schema = getattr(torch.ops.flash_attn, name).default._schema
-    spec = inspect.getfullargspec(op._init_fn)
-    expected = [*required.split(), *defaults]
-    extra = spec.args[len(expected) :]
-    assert spec.args[: len(expected)] == expected and extra in ([], ["num_splits"])
-    assert [argument.name for argument in schema.arguments] == spec.args
-    assert list(spec.defaults or ()) == [*defaults.values(), *[0] * len(extra)]
-
-
-def test_names_that_other_libraries_import():
-    """Everything listed in API 1.1 to 1.4 can be imported from where upstream has it."""
-    interface = (
-        "FlashAttnQKVPackedFunc FlashAttnVarlenQKVPackedFunc FlashAttnKVPackedFunc "
-        "FlashAttnVarlenKVPackedFunc FlashAttnFunc FlashAttnVarlenFunc maybe_contiguous "
-        "round_multiple _get_block_size_n flash_attn_gpu _wrapped_flash_attn_forward "
-        "_wrapped_flash_attn_backward _wrapped_flash_attn_varlen_forward "
-        "_wrapped_flash_attn_varlen_backward"
-    )
-    assert [name for name in interface.split() if not hasattr(flash_attn_interface, name)] == []
-    for name in ("fwd", "varlen_fwd", "bwd", "varlen_bwd", "fwd_kvcache"):
-        assert callable(getattr(flash_attn_2_cuda, name))
-        assert callable(getattr(flash_attn_interface.flash_attn_gpu, name))
-
-
-def test_autograd_classes():
-    """`FlashAttnFunc.apply` takes the function's arguments in order, then is_grad_enabled."""
-    q, k, v = (x.requires_grad_() for x in Problem((5,), (70,), 2, 2, 16, torch.float32).dense())
-    tail = (0.0, 0.25, True, (-1, -1), 0.0, None, False, False)
-    expected = flash_attn_func(q, k, v, *tail)
-    out = flash_attn_interface.FlashAttnFunc.apply(q, k, v, *tail, torch.is_grad_enabled())
-    assert_bitwise_equal(out, expected)
-    assert out.requires_grad
-    kv = torch.stack((k, v), dim=2)
-    out = flash_attn_interface.FlashAttnKVPackedFunc.apply(q, kv, *tail, True)
-    assert_bitwise_equal(out, expected)
-
-
-def test_version():
-    """A 2.8.3 family version, below 2.8.4: libraries gate on both."""
-    version = Version(flash_attn.__version__)
-    assert version.release == (2, 8, 3) and version < Version("2.8.4")
 
 
 # ---- Masks (2.1 to 2.3) ----
@@ -462,52 +322,6 @@ def test_low_level_results():
     assert softmax_d.shape == (4, 260 + 128 * 2) and softmax_d.dtype == torch.float32
     for packed_grad, grad in zip(varlen_grads, grads, strict=True):
         assert_bitwise_equal(packed_grad.view_as(grad), grad)
-
-
-def test_extension_module_entries():
-    """flash_attn_2_cuda takes upstream's positional arguments and gives the public bytes."""
-    q, k, v = Problem((5, 5), (70, 70), 4, 2, 16, torch.float16).dense()
-    score = (0.25, True, -1, -1, 0.0)  # scale, causal, window, softcap
-    expected, lse, _ = flash_attn_func(
-        q, k, v, softmax_scale=0.25, causal=True, return_attn_probs=True
-    )
-    out, dense_lse, _, rng_state = flash_attn_2_cuda.fwd(
-        q, k, v, None, None, 0.0, *score, False, None
-    )
-    assert_bitwise_equal(out, expected, "fwd")
-    assert_bitwise_equal(dense_lse, lse, "fwd lse")
-    dq, dk, dv, softmax_d = flash_attn_2_cuda.bwd(
-        out, q, k, v, out, lse, None, None, None, None, 0.0, *score, False, None, rng_state
-    )
-    assert softmax_d.shape == (2, 4, 128)
-    cu_q, cu_k = cumulative_lengths((5, 5)), cumulative_lengths((70, 70))
-    flat = [x.flatten(0, 1) for x in (q, k, v)]
-    varlen = (0.0, 0.25, False, True, -1, -1, 0.0)  # p, scale, zero_tensors, causal, window, cap
-    packed = flash_attn_2_cuda.varlen_fwd(
-        *flat, None, cu_q, cu_k, None, None, None, None, 5, 70, *varlen, False, None
-    )
-    assert_bitwise_equal(packed[0].view_as(out), out, "varlen_fwd")
-    grads = flash_attn_2_cuda.varlen_bwd(
-        packed[0], *flat, *packed[:2], None, None, None, cu_q, cu_k, None, 5, 70, *varlen, False,
-        None, packed[3],
-    )  # fmt: skip
-    for name, ours, dense in zip(("dq", "dk", "dv"), grads, (dq, dk, dv), strict=False):
-        assert_bitwise_equal(ours.view_as(dense), dense, f"varlen_bwd {name}")
-    cached = flash_attn_2_cuda.fwd_kvcache(
-        q, k, v, None, None, None, None, None, None, None, None, None, None, *score, True, 0
-    )
-    torch.testing.assert_close(cached[0], out)
-    torch.testing.assert_close(cached[1], lse)
-
-
-def test_caller_s_output_buffer():
-    """The raw entry points write into `out` when it is given, and return it."""
-    q, k, v = Problem((5,), (70,), 2, 2, 16, torch.float32).dense()
-    buffer = torch.full_like(q, math.nan)
-    score = (0.25, False, -1, -1, 0.0)
-    out = flash_attn_2_cuda.fwd(q, k, v, buffer, None, 0.0, *score, False, None)[0]
-    assert out.data_ptr() == buffer.data_ptr()
-    assert_bitwise_equal(buffer, flash_attn_func(q, k, v, softmax_scale=0.25))
 
 
 # ---- Strides and autograd ----

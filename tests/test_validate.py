@@ -135,6 +135,14 @@ def test_verify_on_shapes_of_ones_own():
         verify(seqlens_q=(1,), seqlens_k=(5,), h_q=4, h_kv=3)
 
 
+def test_dropout_is_held_to_run_to_run_alone():
+    """Its bits depend on batch index and head by definition, so the batch claims do not apply."""
+    problem = Problem([70, 70], [70, 70], dropout_p=0.3)
+    report = verify(problem, claims=["run", "batch", "grad_run", "grad_batch"])
+    assert report.ok
+    assert [result.ran for result in report.results] == [True, False, True, False]
+
+
 def test_a_report_of_nothing_is_no_success():
     """A problem to which no chosen claim applies is not verified."""
     report = verify(Problem((1,), (5,)), claims=["grad_batch"])

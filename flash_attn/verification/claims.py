@@ -38,6 +38,8 @@ class Claim:
     def applies(self, problem: Problem, engine: Engine) -> bool:
         if self.gradients and max(problem.seqlens_q) == 1:
             return False  # nobody trains through decoding
+        if problem.dropout_p and self.relation is not r.run_to_run:
+            return False  # which keys are dropped depends on batch index and head by definition
         if self.key == "num_splits" and not engine.has_num_splits:
             return False
         if self.key == "reduction" and not engine.has_partials:

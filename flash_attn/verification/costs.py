@@ -57,13 +57,13 @@ def time_rows(effort: str, device: str) -> list[dict[str, Any]]:
     quick = effort == "quick"
     shape = scaled(TIME_POINT, 1 if quick else 8, effort, device)
     one_query = scaled(DECODE_POINT, 8 if quick else 32, effort, device)
-    rounds = 5
+    seconds = {"quick": 1.0, "default": 5.0, "full": 60.0}[effort]
     forward, both = _calls(shape, shape.s, device, backward=False), _calls(shape, shape.s, device)
     decode = _calls(one_query, 1, device, backward=False)
     return [
-        _timed(f"forward {shape}", forward, rounds, device),
-        _timed(f"forward + backward {shape}", both, rounds, device),
-        _timed(f"decode {one_query}", decode, 4 * rounds, device),
+        _timed(f"forward {shape}", forward, seconds, device),
+        _timed(f"forward + backward {shape}", both, seconds, device),
+        _timed(f"decode {one_query}", decode, seconds, device),
     ]
 
 
@@ -132,11 +132,12 @@ def _calls(
 
 
 def _timed(
-    what: str, calls: dict[str, Callable[[], None]], rounds: int, device: str
+    what: str, calls: dict[str, Callable[[], None]], seconds: float, device: str
 ) -> dict[str, Any]:
-    """Medians over turns; the ratio is the median of the ratios within a turn."""
+    """Medians over turns, 5 to 50 of them; the ratio is the median of the ratios within a turn."""
     turns: list[dict[str, float]] = []
-    for _ in range(rounds + 1):
+    end = time.perf_counter() + seconds
+    while len(turns) <= 5 or (len(turns) <= 50 and time.perf_counter() < end):
         turn = {}
         for mode, call in calls.items():
             _synchronize(device)

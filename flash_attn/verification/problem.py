@@ -85,6 +85,8 @@ class Problem:
     name: str = ""
 
     def __post_init__(self) -> None:
+        for name in ("seqlens_q", "seqlens_k"):  # lists are welcome; tuples can be looked up
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         if len(self.seqlens_q) != len(self.seqlens_k) or not self.seqlens_q:
             raise ValueError("seqlens_q and seqlens_k need one length for each sequence")
         if self.h_q % self.h_kv:

@@ -212,7 +212,7 @@ def _draw_claims(axes: Any, report: Report, engines: list[str]) -> None:
 
 
 def _draw_costs(axes: Any, costs: Seq[dict[str, Any]]) -> None:
-    colours = {"standard": "#8d99ae", "deterministic": "#2a9d5c", "pytorch": "#e9a23b"}
+    colours = {"standard": "#8d99ae", "deterministic": "#2a9d5c", "pytorch": "#4f7cac"}
     labels = []
     for row, cost in enumerate(costs):
         labels.append(cost["what"].replace(" (", "\n(", 1))

@@ -38,14 +38,12 @@ def standard_problems(effort: str = "default", device: str = "cpu") -> list[Prob
         Problem(
             (1, 1),
             (4 * segment + 45, long),
-            h_q=1,
-            h_kv=1,
-            dtype=torch.bfloat16,
-            name="one head",
+            dtype=wide,
+            name="small batch",
             **common,
         ),
         # ... and so few that it splits a shard of the heads otherwise than all of them.
-        Problem((1, 1), (long, 700), h_q=16, h_kv=16, dtype=wide, name="small decode", **common),
+        Problem((1, 1), (long, 700), h_q=16, h_kv=16, dtype=wide, name="many heads", **common),
         Problem(
             (medium, 1, 2 * block + 2, 77),
             (medium, segment + 3, 2 * block + 2, 77),
