@@ -84,7 +84,7 @@ fa::ScoreParams score_of(OptionalTensor const& alibi_slopes, OptionalTensor cons
   score.window_right = causal ? 0 : window_right;
   score.alibi = data_or_null<float>(alibi_slopes);
   score.alibi_batch_stride = alibi_slopes && alibi_slopes->dim() == 2 ? alibi_slopes->stride(0) : 0;
-  score.dropout_p = static_cast<float>(dropout_p);
+  score.dropout_p = dropout_p;
   if (rng_state) {
     int64_t const* const state = static_cast<int64_t const*>(rng_state->data_ptr());
     score.seed = static_cast<uint64_t>(state[0]);

@@ -319,3 +319,11 @@ def test_low_level_backward_takes_rng_state():
     assert not torch.equal(first[0], backward(out, lse, 0.3, other_state)[0])
     out, lse, _, _ = _flash_attn_forward(q, k, v, 0.0, 0.25, False, -1, -1, 0.0, None, False)
     assert backward(out, lse, 0.0, None)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("dropout_p", [0.1, 0.9, 0.99])
+def test_the_scale_of_kept_weights_is_rounded_once(dropout_p):
+    """A kept weight of one is 1 / (1 - p) to the last bit of float32."""
+    q, v = torch.zeros(1, 400, 1, 8), torch.ones(1, 1, 1, 8)
+    kept = flash_attn_func(q, v, v, dropout_p).max()
+    assert kept == torch.tensor(1.0 / (1.0 - dropout_p), dtype=torch.float32)

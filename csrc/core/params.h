@@ -26,7 +26,7 @@ struct ScoreParams {
   int64_t window_right = -1;       // keys to the right of it; causal is 0
   float const* alibi = nullptr;    // [h_q] or [b, h_q], fp32, may be null
   int64_t alibi_batch_stride = 0;  // 0 for [h_q]
-  float dropout_p = 0.0f;          // probability to drop, 0: none
+  double dropout_p = 0.0;          // probability to drop, 0: none
   uint64_t seed = 0, offset = 0;   // the counter-based generator's key
 };
 

@@ -109,7 +109,7 @@ struct BackwardTile {
       BlockView const seen = view_block(rows[r], block_begin);
       Vec const minus_lse = broadcast(0.0f - lse(rows[r])), row_delta = broadcast(*delta(rows[r]));
       alignas(64) float keep[kBlockKeys];
-      bool const drops = params.score.dropout_p > 0.0f;
+      bool const drops = params.score.dropout_p > 0.0;
       if (drops) {
         Dropout(params.score)
             .factors(batch, rows[r].head, rows[r].query, block_begin, kBlockKeys, keep);

@@ -48,9 +48,8 @@ struct Dropout {
 
   explicit Dropout(ScoreParams const& score)
       : key(score.seed ^ mix(score.offset)),
-        keep_below(
-            static_cast<uint32_t>((1.0 - static_cast<double>(score.dropout_p)) * 65536.0 + 0.5)),
-        keep_scale(static_cast<float>(1.0 / (1.0 - static_cast<double>(score.dropout_p)))) {}
+        keep_below(static_cast<uint32_t>((1.0 - score.dropout_p) * 65536.0 + 0.5)),
+        keep_scale(static_cast<float>(1.0 / (1.0 - score.dropout_p))) {}
 
   // factors[0 .. num_keys) = keep_scale or 0 for keys first_key ...; first_key is a multiple of
   // eight.

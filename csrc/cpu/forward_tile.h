@@ -201,7 +201,7 @@ struct ForwardTile {
       store(scratch.l + (r0 + r) * kLanes, l);
       BlockView const seen = view_block(rows[r], block_begin);
       alike = alike && seen.begin == first.begin && seen.end == first.end;
-      if (params.score.dropout_p > 0.0f) drop(rows[r], block_begin, s);
+      if (params.score.dropout_p > 0.0) drop(rows[r], block_begin, s);
     }
     // Each row adds the keys that it sees and no other, so that not even an infinity or a NaN in a
     // key beyond its mask can reach it through a neighbour (0 * inf).

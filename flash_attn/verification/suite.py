@@ -95,9 +95,8 @@ def standard_problems(effort: str = "default", device: str = "cpu") -> list[Prob
         return default
     sweep = [
         Problem(
-            (long, segment - 1, 300),
-            (long, segment + 1, 300),
-            h_q=8,
+            (medium, segment - 1, 300),
+            (medium, segment + 1, 300),
             d=d,
             dtype=dtype,
             causal=causal,
@@ -105,8 +104,11 @@ def standard_problems(effort: str = "default", device: str = "cpu") -> list[Prob
             name="sweep",
             **common,
         )
-        for d in (32, 80, 128, 192, 256)
-        for dtype in (wide, torch.float16)
+        for d, dtype in zip(
+            (32, 80, 128, 192, 256),
+            (torch.float16, wide, torch.bfloat16, torch.float16, wide),
+            strict=True,
+        )
         for causal in (True, False)
     ]
     far = Problem(
