@@ -152,10 +152,10 @@ struct ForwardTile {
   }
 
   // Loads the block's keys, transposed, and returns its values as fp32 rows: in place where they
-  // already are, else converted.
+  // are that already and few queries read them, else packed, since rows far apart share cache sets.
   float const* load_block(int64_t begin, int64_t num_keys, int64_t* ld_values) const {
     pack_transposed<kDType>(shared.k, keys, begin, num_keys, d);
-    if (kDType == DType::kFloat32 && d % kLanes == 0 &&
+    if (kDType == DType::kFloat32 && d % kLanes == 0 && tile.num_rows <= kTileRows &&
         values.evenly_spaced(begin, begin + num_keys)) {
       *ld_values = values.row_bytes / 4;
       return reinterpret_cast<float const*>(values.row(begin));
