@@ -42,14 +42,14 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     effort = parser.add_mutually_exclusive_group()
     effort.add_argument(
-        "--quick", dest="effort", action="store_const", const="quick", help="about 20 seconds"
+        "--quick", dest="effort", action="store_const", const="quick", help="about half a minute"
     )
     effort.add_argument(
         "--full",
         dest="effort",
         action="store_const",
         const="full",
-        help="more problems, and the cost reference points unscaled; about half an hour",
+        help="more problems, and the cost reference points unscaled; about twenty minutes",
     )
     parser.add_argument(
         "--claims",
@@ -173,7 +173,9 @@ def _examples(report: Report) -> list[str]:
 
 def _cost_text(rows: list[dict[str, Any]]) -> str:
     def number(value: float | None) -> str:
-        return "not measured" if value is None else f"{value:.4g}"
+        if value is None:
+            return "not measured"
+        return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
     cells = []
     for row in rows:

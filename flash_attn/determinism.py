@@ -37,10 +37,13 @@ _process_default: bool | None = None
 _override: ContextVar[bool | None] = ContextVar("flash_attn_deterministic", default=None)
 
 
-@torch.compiler.disable
 def set_deterministic(enabled: bool) -> None:
     """Turns determinism on or off for the process; ``with deterministic():`` takes precedence."""
     global _process_default
+    # A compiled graph would set it only after it has run. (torch.compiler.disable says the same and
+    # loads the whole compiler when this module is imported.)
+    if torch.compiler.is_compiling():
+        torch._dynamo.graph_break()
     _process_default = bool(enabled)
 
 

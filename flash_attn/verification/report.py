@@ -147,12 +147,16 @@ def table(header: Seq[str], rows: Seq[Seq[str]]) -> str:
 
     def line(cells: Seq[str]) -> str:
         aligned = (
-            cell.rjust(width) if cell[:1].isdigit() and cell[-1:].isdigit() else cell.ljust(width)
+            cell.rjust(width) if _is_number(cell) else cell.ljust(width)
             for cell, width in zip(cells, widths, strict=True)
         )
         return "  ".join(aligned).rstrip()
 
     return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
+
+
+def _is_number(cell: str) -> bool:
+    return cell.replace(",", "").replace(".", "").isdecimal()
 
 
 COLOURS = {

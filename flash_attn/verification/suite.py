@@ -56,7 +56,7 @@ def standard_problems(effort: str = "default", device: str = "cpu") -> list[Prob
             **common,
         ),
         Problem(
-            (200, 129, 1, 64),  # new tokens behind a cached prefix, across a segment's end
+            (130, 90, 1, 64),  # new tokens behind a cached prefix, across a segment's end
             (4 * segment + 45, long, segment + 1, 64),
             d=96,
             dtype=torch.bfloat16,
