@@ -29,6 +29,12 @@ def _gradient_buffers(
     )
 
 
+def _zero(gradients: tuple[Tensor, ...]) -> None:
+    """Tokens that no sequence of a pack covers have no gradient, and no kernel writes them."""
+    for gradient in gradients:
+        gradient.zero_()
+
+
 @torch.library.custom_op("flash_attn::_flash_attn_backward", mutates_args=("dq", "dk", "dv"))
 def _flash_attn_backward(
     dout: Tensor,
@@ -126,9 +132,8 @@ def _flash_attn_varlen_backward(
     )
     packing = Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     gradients = _gradient_buffers(q, k, v, dq, dk, dv)
-    if zero_tensors:  # tokens that no sequence covers
-        for gradient in gradients:
-            gradient.zero_()
+    if zero_tensors:
+        _zero(gradients)
     return _native.backward(
         dout, q, k, v, out, softmax_lse, *gradients, scoring, packing, rng_state
     )
@@ -160,8 +165,7 @@ def _attend_backward(
     scoring = Scoring(
         softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, dropout_p
     )
-    # Zeros: tokens that no sequence of a pack covers have no gradient.
-    gradients = (torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v))
+    gradients = _gradient_buffers(q, k, v, None, None, None)
     inputs = (dout, q, k, v, out, softmax_lse, *gradients)
     shared = (dropout_p, softmax_scale, softcap, alibi_slopes, rng_state)
     packing = _native.DENSE
@@ -172,6 +176,7 @@ def _attend_backward(
         arguments = (*inputs, *lengths, *shared)
         _checks.check_varlen_backward(*arguments, low_level_head_dim=False)
         packing = Packing(*lengths)
+        _zero(gradients)
     _native.backward(*inputs, scoring, packing, rng_state)
     return gradients
 

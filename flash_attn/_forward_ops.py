@@ -8,6 +8,7 @@ Shapes: dense q (b, s_q, h_q, d), k and v (b, s_k, h_kv, d); packed q (t_q, h_q,
 log: (b, h_q, s_q) or (h_q, t_q).
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -263,9 +264,8 @@ def _flash_attn_with_kvcache(
     """(out, softmax_lse); the caches are written only when new keys are given."""
     # Queries turn by their own positions under a causal or windowed mask, else all alike. A window
     # as wide as the cache is none.
-    capacity = _native.DENSE.lengths(q, k_cache)[1]
-    if block_table is not None:
-        capacity *= block_table.shape[1]
+    packing = Packing(cache_batch_idx=cache_batch_idx, block_table=block_table)
+    capacity = packing.lengths(q, k_cache)[1]
     by_position = causal or any(0 <= w < capacity for w in (window_size_left, window_size_right))
     _checks.check_kvcache(
         q,
@@ -285,7 +285,6 @@ def _flash_attn_with_kvcache(
         num_splits,
         rotate_q_rows=by_position,
     )
-    packing = Packing(cache_batch_idx=cache_batch_idx, block_table=block_table)
     lengths = cache_seqlens
     if lengths is None:
         lengths = torch.full((q.shape[0],), capacity, dtype=torch.int32, device=q.device)
@@ -304,12 +303,7 @@ def _flash_attn_with_kvcache(
             rotate_by_position=by_position,
         )
         lengths = lengths + k.shape[1]
-    packing = Packing(
-        seqused_k=lengths,
-        leftpad_k=cache_leftpad,
-        cache_batch_idx=cache_batch_idx,
-        block_table=block_table,
-    )
+    packing = replace(packing, seqused_k=lengths, leftpad_k=cache_leftpad)
     scoring = Scoring(
         softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes
     )

@@ -22,7 +22,14 @@ __all__ = [
 ]
 
 # Options that a forward op and its backward share.
-_OPTIONS = ("dropout_p", "softmax_scale", "causal", "window_size_left", "window_size_right")
+_OPTIONS = [
+    "dropout_p",
+    "softmax_scale",
+    "causal",
+    "window_size_left",
+    "window_size_right",
+    "softcap",
+]
 
 
 class _Differentiable:
@@ -48,14 +55,13 @@ class _Differentiable:
             given.get("cu_seqlens_k"),
         )
         ctx.lengths = (given.get("max_seqlen_q", 0), given.get("max_seqlen_k", 0))
-        ctx.options = (*(given[name] for name in _OPTIONS), given["softcap"])
+        ctx.options = tuple(given[name] for name in _OPTIONS)
         ctx.deterministic = given.get("deterministic", False)
-        for name in ("block_table", "leftpad_k", "seqused_k"):
-            if given.get(name) is not None:
-                ctx.no_gradient = name
+        forward_only = ("block_table", "leftpad_k", "seqused_k")
+        ctx.no_gradient = next((n for n in forward_only if given.get(n) is not None), None)
 
     def backward(self, ctx: Any, dout: Tensor, *_ignored: Any) -> tuple[Tensor | None, ...]:
-        if hasattr(ctx, "no_gradient"):
+        if ctx.no_gradient is not None:
             _checks.refuse_gradient(ctx.no_gradient)
         q, k, v, out, lse, rng_state, alibi_slopes, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
         gradients = torch.ops.flash_attn._attend_backward(

@@ -70,6 +70,9 @@ struct BackwardTile {
   RowView view(int64_t head, int64_t query) const {
     return view_row(params.score, sequence, batch, head, query);
   }
+  RowView flat_row(int64_t head_kv, int64_t flat) const {
+    return view_flat_row(params.score, sequence, batch, head_kv, group, flat);
+  }
   float lse(RowView const& row) const {
     return params.lse[sequence.lse_base + row.head * params.layout.lse_head_stride + row.query];
   }
@@ -117,9 +120,8 @@ struct BackwardTile {
       for (int v = 0; v < vecs; ++v) {
         float* const s = s0 + r * kBlockKeys + v * kLanes;
         float* const ds = ds0 + r * kBlockKeys + v * kLanes;
-        int const begin = clamp_lane(seen.begin - v * kLanes),
-                  end = clamp_lane(seen.end - v * kLanes);
-        if (begin >= end) {
+        BlockView const kept = view_lanes(seen, v);
+        if (kept.begin >= kept.end) {
           store(s, zero), store(ds, zero);
           continue;
         }
@@ -133,13 +135,11 @@ struct BackwardTile {
         Vec gradient = p * (dp - row_delta);
         if (scale.cap > 0.0f) gradient = gradient * (one - tanh * tanh);
         if (drops) p = p * load(keep + v * kLanes);
-        store(s, keep_lanes(p, begin, end, zero));
-        store(ds, keep_lanes(gradient, begin, end, zero));
+        store(s, keep_lanes(p, kept.begin, kept.end, zero));
+        store(ds, keep_lanes(gradient, kept.begin, kept.end, zero));
       }
     }
   }
-
-  FA_INLINE int clamp_lane(int lane) { return lane < 0 ? 0 : lane > kLanes ? kLanes : lane; }
 
   // row = acc * factor; adding +0 gives every zero the same sign.
   void write_row(char* row, float* acc, float factor) const {
@@ -156,7 +156,7 @@ template <DType kDType>
 static void backward_delta_tile(BackwardParams const& params, QueryTile const& tile) {
   BackwardTile<kDType> const t(params, tile.batch, 0, nullptr);
   for (int64_t r = tile.row_begin; r < tile.row_begin + tile.num_rows; ++r) {
-    RowView const row = t.view(tile.head_kv * t.group + r % t.group, r / t.group);
+    RowView const row = t.flat_row(tile.head_kv, r);
     char const* const out = query_row(params.out, t.sequence, row.query, row.head, t.kBytes);
     char const* const dout = query_row(params.dout, t.sequence, row.query, row.head, t.kBytes);
     Vec sum = broadcast(0.0f);
@@ -174,10 +174,7 @@ static void backward_query_tile(BackwardParams const& params, QueryTile const& t
   BackwardTile<kDType> const t(params, tile.batch, tile.num_rows, workspace);
   KeyRows const keys = key_rows(params.k, params.layout, t.sequence, tile.head_kv, t.kBytes);
   KeyRows const values = key_rows(params.v, params.layout, t.sequence, tile.head_kv, t.kBytes);
-  auto const row = [&](int64_t r) {
-    int64_t const flat = tile.row_begin + r;
-    return t.view(tile.head_kv * t.group + flat % t.group, flat / t.group);
-  };
+  auto const row = [&](int64_t r) { return t.flat_row(tile.head_kv, tile.row_begin + r); };
   for (int64_t r = 0; r < tile.num_rows; ++r) t.load_row(r, row(r));
   std::memset(t.scratch.acc0, 0, sizeof(float) * tile.num_rows * t.d_pad);
 

@@ -83,9 +83,7 @@ struct ForwardTile {
         keys(key_rows(p.k, p.layout, sequence, head, kBytes)),
         values(key_rows(p.v, p.layout, sequence, head, kBytes)) {
     for (int64_t r = 0; r < t.num_rows; ++r) {
-      int64_t const flat = t.row_begin + r;
-      scratch.rows[r] =
-          view_row(p.score, sequence, t.batch, head * group + flat % group, flat / group);
+      scratch.rows[r] = view_flat_row(p.score, sequence, t.batch, head, group, t.row_begin + r);
     }
   }
 
@@ -136,19 +134,14 @@ struct ForwardTile {
         Vec tanh;
         Vec score = load(lanes);
         if (shaped) score = score_lanes(score, scale, rows[r], block_begin + v * kLanes, &tanh);
-        if (masked) score = keep_range(score, view, v, -kInfinity);
+        if (masked) {
+          BlockView const kept = view_lanes(view, v);
+          score = keep_lanes(score, kept.begin, kept.end, broadcast(-kInfinity));
+        }
         store(lanes, score);
       }
     }
     return true;
-  }
-
-  FA_INLINE Vec keep_range(Vec a, BlockView view, int v, float fill) {
-    auto const clamp = [&](int key) {
-      int const lane = key - v * kLanes;
-      return lane < 0 ? 0 : lane > kLanes ? kLanes : lane;
-    };
-    return keep_lanes(a, clamp(view.begin), clamp(view.end), broadcast(fill));
   }
 
   // Loads the block's keys, transposed, and returns its values as fp32 rows: in place where they
@@ -242,15 +235,14 @@ struct ForwardTile {
   // fold = fold * 2^(M1 - M') + (o, l) * 2^(M2 - M'): exact products, one rounding.
   void fold_row(int64_t r, float const* o, Closed const& closed) const {
     float const common = contract::fold_reference(scratch.m_fold[r], closed.reference);
-    Vec const w1 = broadcast(contract::fold_weight(scratch.m_fold[r], common)),
-              w2 = broadcast(contract::fold_weight(closed.reference, common));
+    float const w1 = contract::fold_weight(scratch.m_fold[r], common),
+                w2 = contract::fold_weight(closed.reference, common);
     float* const fold = scratch.o_fold + r * d_pad;
     for (int64_t c = 0; c < d_pad; c += kLanes) {
       Vec const moved = load(o + c) * broadcast(closed.weight);
-      store(fold + c, load(fold + c) * w1 + moved * w2);
+      store(fold + c, load(fold + c) * broadcast(w1) + moved * broadcast(w2));
     }
-    scratch.l_fold[r] = scratch.l_fold[r] * contract::fold_weight(scratch.m_fold[r], common) +
-                        closed.sum * contract::fold_weight(closed.reference, common);
+    scratch.l_fold[r] = scratch.l_fold[r] * w1 + closed.sum * w2;
     scratch.m_fold[r] = common;
   }
 

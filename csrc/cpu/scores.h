@@ -49,6 +49,12 @@ FA_INLINE RowView view_row(ScoreParams const& score, Sequence const& s, int64_t 
   return row;
 }
 
+// Row `flat` of key head head_kv: the query heads of a group are adjacent rows of the same query.
+FA_INLINE RowView view_flat_row(ScoreParams const& score, Sequence const& s, int64_t batch,
+                                int64_t head_kv, int64_t group, int64_t flat) {
+  return view_row(score, s, batch, head_kv * group + flat % group, flat / group);
+}
+
 // The part of a block's 64 keys that a row sees, relative to the block.
 struct BlockView {
   int begin, end;
@@ -59,6 +65,15 @@ FA_INLINE BlockView view_block(RowView const& row, int64_t block_begin) {
     return static_cast<int>(k < 0 ? 0 : k > kBlockKeys ? kBlockKeys : k);
   };
   return {clamp(row.visible.begin), clamp(row.visible.end)};
+}
+
+// The part of it that lies in the block's vector v, as lanes; empty when begin >= end.
+FA_INLINE BlockView view_lanes(BlockView seen, int v) {
+  auto const clamp = [&](int key) {
+    int const lane = key - v * kLanes;
+    return lane < 0 ? 0 : lane > kLanes ? kLanes : lane;
+  };
+  return {clamp(seen.begin), clamp(seen.end)};
 }
 
 // Sixteen raw products of keys first_key ... to log2 units; *tanh receives tanh(u) when there is a
