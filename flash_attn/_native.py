@@ -129,10 +129,8 @@ def draw_seed() -> Tensor:
 
 def rng_state_of(seed: Tensor | None, deterministic: bool, device: torch.device) -> Tensor:
     """What the backward pass needs to know: seed and offset, and in its bit 62 the mode."""
-    state = torch.zeros(2, dtype=torch.int64) if seed is None else seed.clone()
-    if deterministic:
-        state[1] |= DETERMINISTIC_BIT
-    return state.to(device)
+    mode = torch.tensor([0, DETERMINISTIC_BIT if deterministic else 0])
+    return (mode if seed is None else seed | mode).to(device)
 
 
 def forward(

@@ -76,7 +76,8 @@ static void forward_tile(ForwardParams const& params, QueryTile const& tile,
       touch_block(heads, block, num_keys, row_bytes);
       for (auto const& t : heads) {
         int64_t ld_values;
-        float const* const values = t.load_block(block, num_keys, &ld_values);
+        t.load_keys(block, num_keys);
+        float const* const values = t.load_values(block, num_keys, &ld_values);
         for (int64_t r = 0; r < tile.num_rows; r += kTileRows) {
           int64_t const n = tile.num_rows - r < kTileRows ? tile.num_rows - r : kTileRows;
           t.block(r, n, block, values, ld_values);
@@ -100,7 +101,7 @@ static void store_dropout_mask(ForwardTile<kDType> const& t) {
   for (int64_t block = visible.begin / kBlockKeys * kBlockKeys; block < visible.end;
        block += kBlockKeys) {
     int64_t const left = t.sequence.s_k - block, num_keys = left < kBlockKeys ? left : kBlockKeys;
-    pack_transposed<kDType>(t.shared.k, t.keys, block, num_keys, t.d);
+    t.load_keys(block, num_keys);
     for (int64_t r = 0; r < t.tile.num_rows; ++r) {
       RowView const& row = t.row(r);
       int vec_begin, vec_end;

@@ -121,8 +121,15 @@ struct ForwardTile {
     *vec_begin = seen.begin / kLanes;
     *vec_end = (seen.end + kLanes - 1) / kLanes;
     float* const s = shared.s + r0 * kBlockKeys + *vec_begin * kLanes;
-    multiply(n, s, kBlockKeys, nullptr, /*overwrites=*/true, {scratch.q + r0 * d_pad, d_pad, 1},
-             shared.k + *vec_begin * kLanes, kBlockKeys, *vec_end - *vec_begin, d);
+    if (few_rows()) {
+      int64_t const begin = block_begin + *vec_begin * kLanes;
+      int64_t const end = block_begin + *vec_end * kLanes;
+      multiply_few_by_keys<kDType, kTileRows>(n, s, scratch.q + r0 * d_pad, d_pad, keys, begin,
+                                              (end < sequence.s_k ? end : sequence.s_k) - begin, d);
+    } else {
+      multiply(n, s, kBlockKeys, nullptr, /*overwrites=*/true, {scratch.q + r0 * d_pad, d_pad, 1},
+               shared.k + *vec_begin * kLanes, kBlockKeys, *vec_end - *vec_begin, d);
+    }
 
     bool const shaped = scale.cap > 0.0f || params.score.alibi;
     for (int64_t r = 0; r < n; ++r) {
@@ -144,11 +151,17 @@ struct ForwardTile {
     return true;
   }
 
-  // Loads the block's keys, transposed, and returns its values as fp32 rows: in place where they
-  // are that already and few queries read them, else packed, since rows far apart share cache sets.
-  float const* load_block(int64_t begin, int64_t num_keys, int64_t* ld_values) const {
-    pack_transposed<kDType>(shared.k, keys, begin, num_keys, d);
-    if (kDType == DType::kFloat32 && d % kLanes == 0 && tile.num_rows <= kTileRows &&
+  // Few queries do not pay for a copy of the keys that they read.
+  bool few_rows() const { return tile.num_rows <= kTileRows; }
+
+  void load_keys(int64_t begin, int64_t num_keys) const {
+    if (!few_rows()) pack_transposed<kDType>(shared.k, keys, begin, num_keys, d);
+  }
+
+  // The block's values as fp32 rows: in place where they are that already and few queries read
+  // them, else packed, since rows far apart share cache sets.
+  float const* load_values(int64_t begin, int64_t num_keys, int64_t* ld_values) const {
+    if (kDType == DType::kFloat32 && d % kLanes == 0 && few_rows() &&
         values.evenly_spaced(begin, begin + num_keys)) {
       *ld_values = values.row_bytes / 4;
       return reinterpret_cast<float const*>(values.row(begin));

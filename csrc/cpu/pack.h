@@ -53,6 +53,29 @@ FA_INLINE void touch_row(char const* row, int64_t row_bytes) {
   for (int64_t at = 0; at < row_bytes; at += kCacheLine) asm volatile("" : : "r"(row[at]));
 }
 
+// square[i] = column c + i of sixteen rows, `present` of them there; what is missing is zero and is
+// not read.
+template <DType kDType>
+FA_INLINE void load_square(Vec (&square)[kLanes], char const* const (&row)[kLanes], int present,
+                           int64_t c, int64_t d) {
+  if (present == kLanes && c + kLanes <= d) {
+    for (int i = 0; i < kLanes; ++i) square[i] = load_lanes<kDType>(row[i], c);
+  } else {
+    for (int i = 0; i < kLanes; ++i) {
+      square[i] = i < present ? load_columns<kDType>(row[i], c, d) : broadcast(0.0f);
+    }
+  }
+  transpose(square);
+}
+
+// Where sixteen rows from `begin` on lie; returns how many there are of num_rows.
+FA_INLINE int sixteen_rows(char const* (&row)[kLanes], KeyRows const& rows, int64_t begin,
+                           int64_t num_rows) {
+  int const present = static_cast<int>(num_rows < kLanes ? num_rows : kLanes);
+  for (int i = 0; i < present; ++i) row[i] = rows.row(begin + i);
+  return present;
+}
+
 // dst (round_up_lanes(d), kBlockKeys) = the transpose of rows [begin, begin + num_keys). Columns
 // beyond num_keys, up to the next multiple of 16, are zero: no row past the sequence is read.
 template <DType kDType>
@@ -60,20 +83,50 @@ static void pack_transposed(float* dst, KeyRows const& rows, int64_t begin, int6
                             int64_t d) {
   for (int64_t j = 0; j < num_keys; j += kLanes) {
     char const* row[kLanes];
-    int const present = static_cast<int>(num_keys - j < kLanes ? num_keys - j : kLanes);
-    for (int i = 0; i < present; ++i) row[i] = rows.row(begin + j + i);
+    int const present = sixteen_rows(row, rows, begin + j, num_keys - j);
     for (int64_t c = 0; c < d; c += kLanes) {
       Vec square[kLanes];
-      if (present == kLanes && c + kLanes <= d) {
-        for (int i = 0; i < kLanes; ++i) square[i] = load_lanes<kDType>(row[i], c);
-      } else {
-        for (int i = 0; i < kLanes; ++i) {
-          square[i] = i < present ? load_columns<kDType>(row[i], c, d) : broadcast(0.0f);
-        }
-      }
-      transpose(square);
+      load_square<kDType>(square, row, present, c, d);
       for (int i = 0; i < kLanes; ++i) store(dst + (c + i) * kBlockKeys + j, square[i]);
     }
+  }
+}
+
+// s (kRows, kBlockKeys) = q (kRows, lda) times the transpose of key rows [begin, begin + num_keys),
+// without a copy of them: worth it while few queries read each key. The same chains of fused
+// multiply-adds as `multiply`, over ascending columns from +0.
+template <DType kDType, int kRows>
+static void multiply_by_keys(float* s, float const* q, int64_t lda, KeyRows const& keys,
+                             int64_t begin, int64_t num_keys, int64_t d) {
+  for (int64_t j = 0; j < num_keys; j += kLanes) {
+    char const* row[kLanes];
+    int const present = sixteen_rows(row, keys, begin + j, num_keys - j);
+    Vec acc[kRows];
+    for (int r = 0; r < kRows; ++r) acc[r] = broadcast(0.0f);
+    for (int64_t c = 0; c < d; c += kLanes) {
+      Vec square[kLanes];
+      load_square<kDType>(square, row, present, c, d);
+      if (c + kLanes <= d) {
+        for (int i = 0; i < kLanes; ++i)
+          for (int r = 0; r < kRows; ++r)
+            acc[r] = multiply_add(broadcast(q[r * lda + c + i]), square[i], acc[r]);
+      } else {
+        for (int i = 0; i < d - c; ++i)
+          for (int r = 0; r < kRows; ++r)
+            acc[r] = multiply_add(broadcast(q[r * lda + c + i]), square[i], acc[r]);
+      }
+    }
+    for (int r = 0; r < kRows; ++r) store(s + r * kBlockKeys + j, acc[r]);
+  }
+}
+
+template <DType kDType, int kRows>
+static void multiply_few_by_keys(int64_t rows, float* s, float const* q, int64_t lda,
+                                 KeyRows const& keys, int64_t begin, int64_t num_keys, int64_t d) {
+  if (rows == kRows) {
+    multiply_by_keys<kDType, kRows>(s, q, lda, keys, begin, num_keys, d);
+  } else if constexpr (kRows > 1) {
+    multiply_few_by_keys<kDType, kRows - 1>(rows, s, q, lda, keys, begin, num_keys, d);
   }
 }
 
