@@ -9,6 +9,12 @@ MIN_PYTHON and every torch from TORCH_TARGET on, and building it needs no Python
 
 Environment: CXX (compiler), MAX_JOBS (parallel compilations). CXXFLAGS is not read: a -ffast-math
 or -march=native from outside would change the bits that this package promises.
+
+The NVIDIA kernels are built when PyTorch is a CUDA build and nvcc is found, or when asked for:
+    FLASH_ATTN_FORCE_CUDA=1          build them whatever PyTorch is; 0: leave them out
+    FLASH_ATTN_CUDA_ARCHS="80;90"    for these architectures; default: those of the GPUs that are
+                                     visible, or all of CUDA_ARCHS
+    CUDA_HOME                        where nvcc is, when it is not on PATH
 """
 
 from __future__ import annotations
@@ -49,6 +55,15 @@ ISA_FLAGS = {
         *("-mavx2", "-mfma", "-mf16c", "-Wno-maybe-uninitialized"),
     ],
 }
+# SASS for each, and PTX of the last for what comes later. 8.6 and 8.9 run the code of 8.0.
+CUDA_ARCHS = ("80", "90", "100", "120")
+# -fmad=false: as -ffp-contract=off above.
+NVCC_FLAGS = [
+    *("-std=c++20", "-O3", "--expt-relaxed-constexpr", "-fmad=false", "-cudart=static"),
+    *("-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra"),
+]
+GIB_PER_NVCC = 2  # of memory, at most, for one compilation
+
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
@@ -56,6 +71,60 @@ def isa_of(source: str) -> str | None:
     """The instruction set that a source is written for; None for one that runs on every machine."""
     stem = Path(source).stem
     return stem.removeprefix("isa_") if stem.startswith("isa_") else None
+
+
+def cuda_home() -> Path | None:
+    """Where bin/nvcc and the runtime's headers lie together, if anywhere."""
+    on_path = shutil.which("nvcc")
+    candidates = [
+        os.environ.get("CUDA_HOME"),
+        Path(on_path).resolve().parent.parent if on_path else None,
+        "/usr/local/cuda",
+    ]
+    for home in (Path(candidate) for candidate in candidates if candidate):
+        if (home / "bin/nvcc").exists() and (home / "include/cuda_runtime.h").exists():
+            return home
+    return None
+
+
+def wants_cuda() -> bool:
+    asked = os.environ.get("FLASH_ATTN_FORCE_CUDA")
+    if asked in ("0", "1"):
+        if asked == "1" and cuda_home() is None:
+            raise CompileError("FLASH_ATTN_FORCE_CUDA=1 needs nvcc: set CUDA_HOME to its toolkit")
+        return asked == "1"
+    import torch
+
+    return torch.version.cuda is not None and cuda_home() is not None
+
+
+def cuda_archs() -> list[str]:
+    """Architectures to build for, as "80"."""
+    asked = os.environ.get("FLASH_ATTN_CUDA_ARCHS")
+    if asked:
+        return [arch.strip() for arch in asked.replace(",", ";").split(";") if arch.strip()]
+    import torch
+
+    visible = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    found = {torch.cuda.get_device_capability(i) for i in visible}
+    return sorted(f"{major}{minor}" for major, minor in found) or list(CUDA_ARCHS)
+
+
+def cuda_sources() -> list[str]:
+    found = [*(ROOT / "csrc/sm80").glob("*.cu"), *(ROOT / "csrc/instantiations").glob("*.cu")]
+    return sorted(path.relative_to(ROOT).as_posix() for path in found)
+
+
+def parallel_jobs(cuda: bool) -> str:
+    """Compilations at a time: as many as there are cores, fewer where memory is short."""
+    asked = os.environ.get("MAX_JOBS")
+    if asked:
+        return asked
+    jobs = os.cpu_count() or 1
+    if cuda:
+        gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+        jobs = max(1, min(jobs, int(gib / GIB_PER_NVCC)))
+    return str(jobs)
 
 
 def cpu_sources() -> list[str]:
@@ -74,6 +143,8 @@ class NinjaBuild(build_ext):
         from torch.utils import cpp_extension
 
         includes = cpp_extension.include_paths()
+        cuda = cuda_home() if wants_cuda() else None
+        archs = cuda_archs() if cuda else []
         flags = [
             *CXX_FLAGS,
             "-I.",
@@ -84,9 +155,18 @@ class NinjaBuild(build_ext):
             *(f"-L{path}" for path in cpp_extension.library_paths()),
             *(f"-l{name}" for name in LIBRARIES),
         ]
+        sources = list(ext.sources)
+        nvcc_flags = [*NVCC_FLAGS, "-I."]
+        if cuda:
+            sources += cuda_sources()
+            flags.append(f"-DFLASH_ATTN_WITH_CUDA='\"{';'.join(archs)}\"'")
+            flags.append(f"-isystem {cuda}/include")
+            nvcc_flags += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+            nvcc_flags.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+            links += [f"-L{cuda}/lib64", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
         library = OBJECTS / Path(self.get_ext_filename(ext.name)).name
-        self.write_ninja_file(ext.sources, flags, links, library)
-        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        self.write_ninja_file(sources, flags, nvcc_flags, links, library)
+        jobs = parallel_jobs(cuda is not None)
         command = [os.path.join(ninja.BIN_DIR, "ninja"), "-f", str(OBJECTS / "build.ninja")]
         if subprocess.run([*command, "-j", jobs], cwd=ROOT).returncode != 0:
             raise CompileError("the native library was not built; the compiler's message is above")
@@ -98,7 +178,11 @@ class NinjaBuild(build_ext):
 
     @staticmethod
     def write_ninja_file(
-        sources: list[str], flags: list[str], links: list[str], library: Path
+        sources: list[str],
+        flags: list[str],
+        nvcc_flags: list[str],
+        links: list[str],
+        library: Path,
     ) -> None:
         """Writes OBJECTS/build.ninja; paths in it are relative to the project."""
         from ninja import ninja_syntax
@@ -109,6 +193,8 @@ class NinjaBuild(build_ext):
             writer.variable("builddir", OBJECTS.as_posix())
             writer.variable("cxx", os.environ.get("CXX") or "c++")
             writer.variable("flags", flags)
+            writer.variable("nvcc", f"{cuda_home()}/bin/nvcc")
+            writer.variable("nvcc_flags", nvcc_flags)
             writer.rule(
                 "compile",
                 "$cxx -MMD -MF $out.d $flags $isa_flags -c $in -o $out",
@@ -116,9 +202,20 @@ class NinjaBuild(build_ext):
                 depfile="$out.d",
                 deps="gcc",
             )
+            writer.rule(
+                "compile_cuda",
+                "$nvcc -MMD -MF $out.d $nvcc_flags -c $in -o $out",
+                description="compile $in",
+                depfile="$out.d",
+                deps="gcc",
+            )
             writer.rule("link", "$cxx -shared $in -o $out $links", description="link $out")
             objects = []
             for source in sources:
+                if source.endswith(".cu"):
+                    objects.append((OBJECTS / source).with_suffix(".o").as_posix())
+                    writer.build(objects[-1], "compile_cuda", source)
+                    continue
                 isa = isa_of(source)
                 isa_flags = ISA_FLAGS[isa] if isa else []
                 objects.append((OBJECTS / source).with_suffix(".o").as_posix())

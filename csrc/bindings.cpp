@@ -8,6 +8,14 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#if defined(FLASH_ATTN_WITH_CUDA)
+#include <dlfcn.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "csrc/sm80/family.h"
+#endif
+
 #include <optional>
 #include <string>
 
@@ -18,9 +26,6 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-
-constexpr int64_t kDeterministicBit = int64_t{1}
-                                      << 62;  // in rng_state's offset: the mode of the forward pass
 
 fa::DType dtype_of(Tensor const& t) {
   switch (t.scalar_type()) {
@@ -65,6 +70,9 @@ fa::LayoutParams layout_of(Tensor const& q, Tensor const& k, Tensor const& lse,
   layout.d = q.size(q.dim() - 1);
   layout.s_q = max_seqlen_q;
   layout.s_k = max_seqlen_k;
+  layout.total_q = cu_seqlens_q ? q.size(0) : q.size(1);
+  layout.total_k = block_table ? block_table->size(1) * k.size(1) : k.size(k.dim() - 3);
+  layout.cache_rows = k.size(0);
   if (block_table) {
     layout.block_table_stride = block_table->stride(0);
     layout.page_size = k.size(1);
@@ -74,7 +82,7 @@ fa::LayoutParams layout_of(Tensor const& q, Tensor const& k, Tensor const& lse,
   return layout;
 }
 
-fa::ScoreParams score_of(OptionalTensor const& alibi_slopes, OptionalTensor const& rng_state,
+fa::ScoreParams score_of(OptionalTensor const& alibi_slopes, OptionalTensor const& seed,
                          double softmax_scale, bool causal, int64_t window_left,
                          int64_t window_right, double softcap, double dropout_p) {
   fa::ScoreParams score;
@@ -85,11 +93,7 @@ fa::ScoreParams score_of(OptionalTensor const& alibi_slopes, OptionalTensor cons
   score.alibi = data_or_null<float>(alibi_slopes);
   score.alibi_batch_stride = alibi_slopes && alibi_slopes->dim() == 2 ? alibi_slopes->stride(0) : 0;
   score.dropout_p = dropout_p;
-  if (rng_state) {
-    int64_t const* const state = static_cast<int64_t const*>(rng_state->data_ptr());
-    score.seed = static_cast<uint64_t>(state[0]);
-    score.offset = static_cast<uint64_t>(state[1] & ~kDeterministicBit);
-  }
+  score.seed = data_or_null<int64_t>(seed);
   return score;
 }
 
@@ -102,38 +106,124 @@ fa::cpu::Machine torch_threads() {
   return {run, static_cast<int64_t>(torch::stable::get_num_threads())};
 }
 
+// The tensors and scalars of a forward call, in the order of the op's schema.
+struct ForwardCall {
+  Tensor q, k, v, out, lse;
+  OptionalTensor s_dmask, partial_out, partial_max, partial_sum;
+  OptionalTensor cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, cache_batch_idx, block_table;
+  OptionalTensor alibi_slopes, seed, rng_state;
+  int64_t max_seqlen_q, max_seqlen_k;
+  double softmax_scale;
+  bool causal;
+  int64_t window_left, window_right;
+  double softcap, dropout_p;
+  int64_t num_splits;
+  bool deterministic;
+
+  fa::ForwardParams params() const {
+    fa::ForwardParams p;
+    p.dtype = dtype_of(q);
+    p.layout = layout_of(q, k, lse, cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k,
+                         cache_batch_idx, block_table, max_seqlen_q, max_seqlen_k);
+    p.score = score_of(alibi_slopes, seed, softmax_scale, causal, window_left, window_right,
+                       softcap, dropout_p);
+    p.plan = {deterministic, num_splits};
+    p.q = row_tensor(q), p.k = row_tensor(k), p.v = row_tensor(v), p.out = row_tensor(out);
+    p.lse = static_cast<float*>(lse.data_ptr());
+    if (s_dmask) {
+      p.s_dmask = s_dmask->data_ptr();
+      p.s_dmask_rows = s_dmask->size(2);
+      p.s_dmask_cols = s_dmask->size(3);
+    }
+    p.rng_state = data_or_null<int64_t>(rng_state);
+    if (partial_out) {
+      p.partials = {data_or_null<float>(partial_out), data_or_null<float>(partial_max),
+                    data_or_null<float>(partial_sum), lse.numel()};
+    }
+    return p;
+  }
+};
+
+template <void (*kRun)(ForwardCall const&)>
 void forward(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, OptionalTensor s_dmask,
              OptionalTensor partial_out, OptionalTensor partial_max, OptionalTensor partial_sum,
              OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor seqused_k,
              OptionalTensor leftpad_k, OptionalTensor cache_batch_idx, OptionalTensor block_table,
-             OptionalTensor alibi_slopes, OptionalTensor rng_state, int64_t max_seqlen_q,
-             int64_t max_seqlen_k, double softmax_scale, bool causal, int64_t window_left,
-             int64_t window_right, double softcap, double dropout_p, int64_t num_splits,
-             bool deterministic) {
-  fa::ForwardParams params;
-  params.dtype = dtype_of(q);
-  params.layout = layout_of(q, k, lse, cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k,
-                            cache_batch_idx, block_table, max_seqlen_q, max_seqlen_k);
-  params.score = score_of(alibi_slopes, rng_state, softmax_scale, causal, window_left, window_right,
-                          softcap, dropout_p);
-  params.plan = {deterministic, num_splits};
-  params.q = row_tensor(q);
-  params.k = row_tensor(k);
-  params.v = row_tensor(v);
-  params.out = row_tensor(out);
-  params.lse = static_cast<float*>(lse.data_ptr());
-  if (s_dmask) {
-    params.s_dmask = s_dmask->data_ptr();
-    params.s_dmask_rows = s_dmask->size(2);
-    params.s_dmask_cols = s_dmask->size(3);
-  }
-  if (partial_out) {
-    params.partials = {data_or_null<float>(partial_out), data_or_null<float>(partial_max),
-                       data_or_null<float>(partial_sum), lse.numel()};
-  }
-  fa::cpu::forward(params, torch_threads());
+             OptionalTensor alibi_slopes, OptionalTensor seed, OptionalTensor rng_state,
+             int64_t max_seqlen_q, int64_t max_seqlen_k, double softmax_scale, bool causal,
+             int64_t window_left, int64_t window_right, double softcap, double dropout_p,
+             int64_t num_splits, bool deterministic) {
+  kRun({q,
+        k,
+        v,
+        out,
+        lse,
+        s_dmask,
+        partial_out,
+        partial_max,
+        partial_sum,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        seqused_k,
+        leftpad_k,
+        cache_batch_idx,
+        block_table,
+        alibi_slopes,
+        seed,
+        rng_state,
+        max_seqlen_q,
+        max_seqlen_k,
+        softmax_scale,
+        causal,
+        window_left,
+        window_right,
+        softcap,
+        dropout_p,
+        num_splits,
+        deterministic});
 }
 
+void forward_on_cpu(ForwardCall const& call) {
+  fa::ForwardParams const params = call.params();
+  fa::cpu::forward(params, torch_threads());
+  if (params.rng_state) {
+    for (int i = 0; i < 2; ++i) params.rng_state[i] = params.score.seed ? params.score.seed[i] : 0;
+    if (call.deterministic) params.rng_state[1] |= fa::kDeterministicBit;
+  }
+}
+
+#if defined(FLASH_ATTN_WITH_CUDA)
+// The current stream of the tensor's device. CPU builds of PyTorch do not have the symbol, so it is
+// looked up in the library that a process with a GPU has loaded already.
+void* current_stream(int32_t device) {
+  using Get = AOTITorchError (*)(int32_t, void**);
+  static Get const get = [] {
+    void* const library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return library ? reinterpret_cast<Get>(dlsym(library, "aoti_torch_get_current_cuda_stream"))
+                   : nullptr;
+  }();
+  STD_TORCH_CHECK(get != nullptr, "flash_attn: this PyTorch has no CUDA stream to run on");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(get(device, &stream));
+  return stream;
+}
+
+void forward_on_gpu(ForwardCall const& call) {
+  int32_t const device = call.q.get_device_index();
+  torch::stable::accelerator::DeviceGuard const guard(device);
+  fa::ForwardParams const params = call.params();
+  fa::sm80::ForwardPlan const plan =
+      fa::sm80::plan_forward(params, fa::sm80::num_multiprocessors(device));
+  OptionalTensor scratch;  // of PyTorch's allocator, so that CUDA graphs own it too
+  if (plan.scratch_floats > 0 && !params.partials.out)
+    scratch = torch::stable::new_empty(call.lse, {plan.scratch_floats});
+  void* const stream = current_stream(device);
+  fa::sm80::forward(params, plan, data_or_null<float>(scratch), stream);
+  if (params.s_dmask) fa::sm80::write_dmask(params, stream);
+}
+#endif
+
+template <void (*kRun)(fa::BackwardParams const&, int32_t device)>
 void backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor dq,
               Tensor dk, Tensor dv, Tensor delta, OptionalTensor cu_seqlens_q,
               OptionalTensor cu_seqlens_k, OptionalTensor alibi_slopes, OptionalTensor rng_state,
@@ -158,13 +248,27 @@ void backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
   params.delta_head_stride = delta.stride(delta.dim() - 2);
   params.delta_batch_stride = cu_seqlens_q ? 0 : delta.stride(0);
   params.delta_sequence_pad = 128;
+  kRun(params, q.get_device_index());
+}
+
+void backward_on_cpu(fa::BackwardParams const& params, int32_t) {
   fa::cpu::backward(params, torch_threads());
 }
 
-void append(Tensor q, OptionalTensor q_rotated, Tensor k_new, Tensor v_new, Tensor k_cache,
-            Tensor v_cache, Tensor cache_seqlens, OptionalTensor cache_batch_idx,
-            OptionalTensor block_table, OptionalTensor rotary_cos, OptionalTensor rotary_sin,
-            bool interleaved, bool rotate_by_position) {
+#if defined(FLASH_ATTN_WITH_CUDA)
+void backward_on_gpu(fa::BackwardParams const& params, int32_t device) {
+  torch::stable::accelerator::DeviceGuard const guard(device);
+  fa::sm80::backward(params, current_stream(device));
+}
+#endif
+
+fa::AppendParams append_params(Tensor const& q, OptionalTensor const& q_rotated,
+                               Tensor const& k_new, Tensor const& v_new, Tensor const& k_cache,
+                               Tensor const& v_cache, Tensor const& cache_seqlens,
+                               OptionalTensor const& cache_batch_idx,
+                               OptionalTensor const& block_table, OptionalTensor const& rotary_cos,
+                               OptionalTensor const& rotary_sin, bool interleaved,
+                               bool rotate_by_position) {
   fa::AppendParams params;
   params.dtype = dtype_of(q);
   params.b = q.size(0);
@@ -178,6 +282,8 @@ void append(Tensor q, OptionalTensor q_rotated, Tensor k_new, Tensor v_new, Tens
   params.v_new = row_tensor(v_new);
   params.k_cache = row_tensor(k_cache);
   params.v_cache = row_tensor(v_cache);
+  params.cache_rows = k_cache.size(0);
+  params.capacity = block_table ? block_table->size(1) * k_cache.size(1) : k_cache.size(1);
   params.cache_seqlens = static_cast<int32_t const*>(cache_seqlens.data_ptr());
   params.cache_batch_idx = data_or_null<int32_t>(cache_batch_idx);
   if (block_table) {
@@ -189,19 +295,42 @@ void append(Tensor q, OptionalTensor q_rotated, Tensor k_new, Tensor v_new, Tens
     params.q_rotated = row_tensor(*q_rotated);
     params.cos = rotary_cos->data_ptr();
     params.sin = rotary_sin->data_ptr();
+    params.rotary_rows = rotary_cos->size(0);
     params.rotary_dim = 2 * rotary_cos->size(1);
     params.interleaved = interleaved;
     params.rotate_by_position = rotate_by_position;
   }
+  return params;
+}
+
+template <void (*kRun)(fa::AppendParams const&, int32_t device)>
+void append(Tensor q, OptionalTensor q_rotated, Tensor k_new, Tensor v_new, Tensor k_cache,
+            Tensor v_cache, Tensor cache_seqlens, OptionalTensor cache_batch_idx,
+            OptionalTensor block_table, OptionalTensor rotary_cos, OptionalTensor rotary_sin,
+            bool interleaved, bool rotate_by_position) {
+  kRun(append_params(q, q_rotated, k_new, v_new, k_cache, v_cache, cache_seqlens, cache_batch_idx,
+                     block_table, rotary_cos, rotary_sin, interleaved, rotate_by_position),
+       q.get_device_index());
+}
+
+void append_on_cpu(fa::AppendParams const& params, int32_t) {
   fa::cpu::append(params, torch_threads());
 }
 
+#if defined(FLASH_ATTN_WITH_CUDA)
+void append_on_gpu(fa::AppendParams const& params, int32_t device) {
+  torch::stable::accelerator::DeviceGuard const guard(device);
+  fa::sm80::append(params, current_stream(device));
+}
+#endif
+
 // fields (7): tile rows, tiles, segments of the longest sequence, pieces, split extent (0: the
-// ladder), threads, keys a block. The schedule that forward() would choose.
+// ladder), threads or multiprocessors, keys a block. The schedule that forward() would choose: on
+// this CPU, or (num_multiprocessors > 0) on such a GPU, where index tensors are not read.
 void plan(Tensor fields, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
           OptionalTensor seqused_k, OptionalTensor leftpad_k, int64_t b, int64_t s_q, int64_t s_k,
           int64_t h_q, int64_t h_kv, int64_t d, int64_t total_q, int64_t num_splits,
-          bool deterministic) {
+          bool deterministic, int64_t num_multiprocessors) {
   fa::ForwardParams params;
   params.layout.cu_seqlens_q = data_or_null<int32_t>(cu_seqlens_q);
   params.layout.cu_seqlens_k = data_or_null<int32_t>(cu_seqlens_k);
@@ -216,9 +345,23 @@ void plan(Tensor fields, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_
   params.layout.lse_batch_stride = cu_seqlens_q ? 0 : h_q * s_q;
   params.layout.lse_head_stride = cu_seqlens_q ? total_q : s_q;
   params.plan = {deterministic, num_splits};
+  int64_t* const field = static_cast<int64_t*>(fields.data_ptr());
+#if defined(FLASH_ATTN_WITH_CUDA)
+  if (num_multiprocessors > 0) {
+    fa::sm80::ForwardPlan const chosen = fa::sm80::plan_forward(params, num_multiprocessors);
+    field[0] = chosen.tile_rows;
+    field[1] = chosen.tiles * h_kv * b;
+    field[2] = chosen.num_segments;
+    field[3] = chosen.pieces;
+    field[4] = chosen.segmentation.extent;
+    field[5] = num_multiprocessors;
+    field[6] = fa::contract::kSm80BlockKeys;
+    return;
+  }
+#endif
+  STD_TORCH_CHECK(num_multiprocessors == 0, "flash_attn: built without NVIDIA kernels");
   int64_t const num_threads = torch_threads().num_threads;
   fa::cpu::ForwardPlan const chosen = fa::cpu::plan_forward(params, num_threads);
-  int64_t* const field = static_cast<int64_t*>(fields.data_ptr());
   field[0] = chosen.tile_rows;
   field[1] = chosen.num_tiles;
   field[2] = chosen.num_segments;
@@ -226,6 +369,15 @@ void plan(Tensor fields, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_
   field[4] = chosen.segmentation.extent;
   field[5] = num_threads;
   field[6] = fa::contract::kCpuBlockKeys;
+}
+
+// What FLASH_ATTN_CUDA_ARCHS was when the NVIDIA kernels were built; empty without any.
+std::string cuda_archs() {
+#if defined(FLASH_ATTN_WITH_CUDA)
+  return FLASH_ATTN_WITH_CUDA;
+#else
+  return "";
+#endif
 }
 
 int64_t segment_begin(int64_t segment) { return fa::contract::segment_begin(segment); }
@@ -241,8 +393,8 @@ STABLE_TORCH_LIBRARY(flash_attn_native, m) {
       "cu_seqlens_q, "
       "Tensor? cu_seqlens_k, Tensor? seqused_k, Tensor? leftpad_k, Tensor? cache_batch_idx, "
       "Tensor? block_table, "
-      "Tensor? alibi_slopes, Tensor? rng_state, int max_seqlen_q, int max_seqlen_k, float "
-      "softmax_scale, bool causal, "
+      "Tensor? alibi_slopes, Tensor? seed, Tensor(g!)? rng_state, int max_seqlen_q, "
+      "int max_seqlen_k, float softmax_scale, bool causal, "
       "int window_left, int window_right, float softcap, float dropout_p, int num_splits, bool "
       "deterministic) -> ()");
   m.def(
@@ -263,19 +415,29 @@ STABLE_TORCH_LIBRARY(flash_attn_native, m) {
       "plan(Tensor(a!) fields, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_k, "
       "Tensor? leftpad_k, "
       "int b, int s_q, int s_k, int h_q, int h_kv, int d, int total_q, int num_splits, bool "
-      "deterministic) -> ()");
+      "deterministic, int num_multiprocessors) -> ()");
+  m.def("cuda_archs() -> str");
   m.def("segment_begin(int segment) -> int");
   m.def("cpu_isa() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flash_attn_native, CPU, m) {
-  m.impl("forward", TORCH_BOX(&forward));
-  m.impl("backward", TORCH_BOX(&backward));
-  m.impl("append", TORCH_BOX(&append));
-  m.impl("plan", TORCH_BOX(&plan));
+  m.impl("forward", TORCH_BOX(&forward<forward_on_cpu>));
+  m.impl("backward", TORCH_BOX(&backward<backward_on_cpu>));
+  m.impl("append", TORCH_BOX(&append<append_on_cpu>));
 }
 
+#if defined(FLASH_ATTN_WITH_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(flash_attn_native, CUDA, m) {
+  m.impl("forward", TORCH_BOX(&forward<forward_on_gpu>));
+  m.impl("backward", TORCH_BOX(&backward<backward_on_gpu>));
+  m.impl("append", TORCH_BOX(&append<append_on_gpu>));
+}
+#endif
+
 STABLE_TORCH_LIBRARY_IMPL(flash_attn_native, CompositeExplicitAutograd, m) {
+  m.impl("plan", TORCH_BOX(&plan));
+  m.impl("cuda_archs", TORCH_BOX(&cuda_archs));
   m.impl("segment_begin", TORCH_BOX(&segment_begin));
   m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
 }

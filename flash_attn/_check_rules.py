@@ -15,11 +15,14 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+
+from flash_attn import _native
 
 MAX_HEAD_DIM = 256
 MAX_NUM_SPLITS = 128
@@ -100,6 +103,8 @@ def device(wanted: torch.device) -> None:
         if capability < (8, 0):
             what = "FlashAttention only supports Ampere GPUs or newer"
             refuse(what, f"{wanted} of capability {capability}", "capability 8.0 or above")
+        if _native.cuda_archs():
+            return
     what = f"this installation holds no {wanted.type.upper()} kernels"
     refuse(what, f"a tensor on {wanted}", "all tensors are on the CPU")
 
@@ -230,11 +235,11 @@ def block_table(table: Tensor, q: Tensor, b: int, page_size: int, leftpad: Tenso
 
 
 def page(size: int, on: torch.device) -> None:
-    # The CPU family finds each key through the table, so a page may end anywhere inside one of its
-    # blocks of keys. On a GPU the rule of flash-attn stands.
-    step = 256 if on.type == "cuda" else 1
+    # The CPU family looks each key up in the table, the GPU families as many as a copy takes along.
+    # flash-attn asks for 256.
+    step = 16 if on.type == "cuda" else 1
     if size < 1 or size % step != 0:
-        what = "Paged KV cache block size must be divisible by 256 (on the CPU: at least 1)"
+        what = "Paged KV cache block size must be divisible by 16 (on the CPU: at least 1)"
         refuse(what, f"page size {size} on {on}", f"a positive multiple of {step} here")
 
 
@@ -350,7 +355,12 @@ def partials(out: Tensor, max_log2: Tensor, sum: Tensor, reduced: torch.dtype) -
 
 
 # ---- Contents of index tensors -------------------------------------------------------------------
-# Only called for tensors in the CPU's memory: elsewhere, reading them would make each call wait.
+# Called for tensors in the CPU's memory, and for others when FLASH_ATTN_CHECK=1: reading those
+# makes the call wait for the GPU. Without it the kernels bound what they read, and refuse nothing.
+
+
+def reads_contents(of: torch.device) -> bool:
+    return of.type == "cpu" or os.environ.get("FLASH_ATTN_CHECK", "0") == "1"
 
 
 def extremes(values: Tensor | int) -> tuple[int, int]:

@@ -126,9 +126,11 @@ def check_varlen(
         rules.index("leftpad_k", leftpad_k, q, "b", b)
     if seqused_k is not None:
         rules.index("seqused_k", seqused_k, q, "b", b)
-    if q.device.type != "cpu":
+    if not rules.reads_contents(q.device):
         return
 
+    cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.cpu(), cu_seqlens_k.cpu()
+    block_table, leftpad_k, seqused_k = _on_host(block_table, leftpad_k, seqused_k)
     rules.offsets("cu_seqlens_q", cu_seqlens_q, q.shape[0], "max_seqlen_q", max_seqlen_q)
     # Lengths of the keys. With seqused_k, cu_seqlens_k only says where a sequence starts and how
     # many keys lie there; in a paged cache it then says nothing, and is not read.
@@ -182,9 +184,9 @@ def check_varlen_backward(
     rules.saved_for_backward(q, out, softmax_lse, rng_state, dropout_p)
     for name, tensor, of in (("dout", dout, q), ("dq", dq, q), ("dk", dk, k), ("dv", dv, v)):
         rules.gradient(name, tensor, of, q)
-    if q.device.type == "cpu":
-        rules.offsets("cu_seqlens_q", cu_seqlens_q, q.shape[0], "max_seqlen_q", max_seqlen_q)
-        rules.offsets("cu_seqlens_k", cu_seqlens_k, k.shape[0], "max_seqlen_k", max_seqlen_k)
+    if rules.reads_contents(q.device):
+        rules.offsets("cu_seqlens_q", cu_seqlens_q.cpu(), q.shape[0], "max_seqlen_q", max_seqlen_q)
+        rules.offsets("cu_seqlens_k", cu_seqlens_k.cpu(), k.shape[0], "max_seqlen_k", max_seqlen_k)
 
 
 def _check_cu_seqlens(
@@ -240,9 +242,14 @@ def check_kvcache(
         rules.index("cache_leftpad", cache_leftpad, q, "b", b)
     s_new = rules.new_keys(q, k, v, k_cache.shape[2], cache_seqlens, capacity)
     rules.rotary(q, k, rotary_cos, rotary_sin, capacity)
-    if q.device.type != "cpu":
+    if not rules.reads_contents(q.device):
         return
 
+    cache_batch_idx, cache_leftpad, block_table = _on_host(
+        cache_batch_idx, cache_leftpad, block_table
+    )
+    if isinstance(cache_seqlens, Tensor):
+        cache_seqlens = cache_seqlens.cpu()
     starts = capacity if cache_seqlens is None else cache_seqlens  # where an append would go
     longest = rules.cache_lengths(starts, s_new, capacity, home)
     if cache_batch_idx is not None:
@@ -264,6 +271,10 @@ def check_kvcache(
     if rotary_cos is not None:
         rotated = s_q if rotate_q_rows else min(s_q, 1)
         rules.rotary_reach(rotary_cos, longest + rotated - 1)
+
+
+def _on_host(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if x is None else x.cpu() for x in tensors]
 
 
 def _is_deterministic() -> bool:

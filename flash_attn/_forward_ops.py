@@ -57,7 +57,7 @@ def _flash_attn_forward(
         v,
         scoring,
         deterministic=determinism.is_deterministic(),
-        seed=_native.draw_seed() if dropout_p > 0.0 else None,
+        seed=_native.draw_seed(q.device) if dropout_p > 0.0 else None,
         return_softmax=return_softmax,
     )
 
@@ -124,7 +124,7 @@ def _flash_attn_varlen_forward(
         scoring,
         packing,
         deterministic=determinism.is_deterministic(),
-        seed=_native.draw_seed() if dropout_p > 0.0 else None,
+        seed=_native.draw_seed(q.device) if dropout_p > 0.0 else None,
         return_softmax=return_softmax,
     )
 
@@ -155,15 +155,18 @@ def _attend(
         softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, dropout_p
     )
     shared = (dropout_p, softmax_scale, softcap, alibi_slopes)
+    return_softmax = return_softmax and dropout_p > 0.0
     packing = _native.DENSE
     if cu_seqlens_q is None or cu_seqlens_k is None:
-        _checks.check_dense(q, k, v, *shared, low_level_head_dim=False, return_softmax=False)
+        _checks.check_dense(
+            q, k, v, *shared, low_level_head_dim=False, return_softmax=return_softmax
+        )
     else:
         lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         _checks.check_varlen(
             *(q, k, v, *lengths, *shared, block_table, None, None),
             low_level_head_dim=False,
-            return_softmax=False,
+            return_softmax=return_softmax,
         )
         packing = Packing(*lengths, block_table=block_table)
     return _native.forward(
@@ -174,7 +177,7 @@ def _attend(
         packing,
         deterministic=deterministic or determinism.is_deterministic(),
         seed=seed,
-        return_softmax=return_softmax and dropout_p > 0.0,
+        return_softmax=return_softmax,
     )
 
 

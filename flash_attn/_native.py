@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -122,15 +123,9 @@ def softmax_d_shape(q: Tensor, packing: Packing) -> tuple[int, ...]:
     return (q.shape[1], q.shape[0] + ROW_PADDING * (packing.cu_seqlens_q.shape[0] - 1))
 
 
-def draw_seed() -> Tensor:
+def draw_seed(device: torch.device) -> Tensor:
     """int64 (2,): seed and offset, from the generator that ``torch.manual_seed`` sets."""
-    return torch.randint(0, DETERMINISTIC_BIT, (2,), dtype=torch.int64)
-
-
-def rng_state_of(seed: Tensor | None, deterministic: bool, device: torch.device) -> Tensor:
-    """What the backward pass needs to know: seed and offset, and in its bit 62 the mode."""
-    mode = torch.tensor([0, DETERMINISTIC_BIT if deterministic else 0])
-    return (mode if seed is None else seed | mode).to(device)
+    return torch.randint(0, DETERMINISTIC_BIT, (2,), dtype=torch.int64, device=device)
 
 
 def forward(
@@ -147,7 +142,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out as q, softmax_lse fp32, S_dmask (empty unless asked for), rng_state.
 
-    ``seed`` is what ``draw_seed`` drew, None without dropout.
+    ``seed`` is what ``draw_seed`` drew, None without dropout. rng_state, int64 (2,), is what the
+    backward pass needs to know: seed and offset, and in the latter's bit 62 the mode.
     """
     q, k, v = contiguous_columns(q), contiguous_columns(k), contiguous_columns(v)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -155,16 +151,16 @@ def forward(
     s_dmask = torch.zeros(
         s_dmask_shape(q, k, packing) if return_softmax else (0,), dtype=q.dtype, device=q.device
     )
-    rng_state = rng_state_of(seed, deterministic, q.device)
+    rng_state = torch.empty(2, dtype=torch.int64, device=q.device)
     _call_forward(
         (q, k, v, out, lse, s_dmask if return_softmax else None, None, None, None),
         scoring,
         packing,
-        rng_state,
+        (seed, rng_state),
         num_splits,
         deterministic,
     )
-    if packing.cu_seqlens_q is not None:
+    if packing.cu_seqlens_q is not None and q.device.type == "cpu":
         _define_uncovered_rows(out, lse, packing.cu_seqlens_q)
     return out, lse, s_dmask, rng_state
 
@@ -189,17 +185,19 @@ def forward_partials(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A partial per segment and row (as lse): out (n, *lse, d), max_log2 and sum (n, *lse)."""
     q, k, v = contiguous_columns(q), contiguous_columns(k), contiguous_columns(v)
-    n = plan(q, k, packing, deterministic=deterministic, num_splits=num_splits).num_segments
+    schedule: dict[str, Any] = {"deterministic": deterministic, "num_splits": num_splits}
+    n = plan(q, k, packing, device=q.device, **schedule).num_segments
     rows = lse_shape(q, packing)
-    out = torch.empty((n, *rows, q.shape[-1]), dtype=torch.float32, device=q.device)
-    max_log2 = torch.empty((n, *rows), dtype=torch.float32, device=q.device)
-    total = torch.empty_like(max_log2)
+    # A kernel may leave out segments of which a row sees nothing.
+    out = torch.zeros((n, *rows, q.shape[-1]), dtype=torch.float32, device=q.device)
+    max_log2 = torch.full((n, *rows), -torch.inf, dtype=torch.float32, device=q.device)
+    total = torch.zeros_like(max_log2)
     unused_out, lse = q, torch.empty(rows, dtype=torch.float32, device=q.device)
     _call_forward(
         (q, k, v, unused_out, lse, None, out, max_log2, total),
         scoring,
         packing,
-        None,
+        (None, None),
         num_splits,
         deterministic,
     )
@@ -210,7 +208,7 @@ def _call_forward(
     tensors: tuple[Tensor | None, ...],
     scoring: Scoring,
     packing: Packing,
-    rng_state: Tensor | None,
+    randomness: tuple[Tensor | None, Tensor | None],  # seed, and rng_state to be written
     num_splits: int,
     deterministic: bool,
 ) -> None:
@@ -227,7 +225,7 @@ def _call_forward(
         packing.cache_batch_idx,
         packing.block_table,
         scoring.alibi_slopes,
-        rng_state,
+        *randomness,
         s_q,
         s_k,
         scoring.softmax_scale,
@@ -333,12 +331,20 @@ class Plan:
     num_segments: int  # of the longest sequence
     pieces: int  # parts of a tile's segments that run side by side
     split_extent: int  # keys a split in standard mode; 0: the contract's ladder
-    num_threads: int
+    num_threads: int  # on a GPU its multiprocessors
     block: int  # N, keys a block
 
 
-def plan(q: Tensor, k: Tensor, packing: Packing, *, deterministic: bool, num_splits: int) -> Plan:
-    """The schedule that ``forward`` would choose for tensors of these shapes."""
+def plan(
+    q: Tensor,
+    k: Tensor,
+    packing: Packing,
+    *,
+    device: torch.device,
+    deterministic: bool,
+    num_splits: int,
+) -> Plan:
+    """The schedule that ``forward`` would choose on ``device`` for tensors of these shapes."""
     s_q, s_k = packing.lengths(q, k)
     b = q.shape[0] if packing.cu_seqlens_q is None else packing.cu_seqlens_q.shape[0] - 1
     fields = torch.zeros(7, dtype=torch.int64)
@@ -358,8 +364,21 @@ def plan(q: Tensor, k: Tensor, packing: Packing, *, deterministic: bool, num_spl
         q.shape[0],
         num_splits,
         deterministic,
+        num_multiprocessors(device),
     )
     return Plan(*fields.tolist())
+
+
+def num_multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 0 for the CPU."""
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def cuda_archs() -> list[str]:
+    """The NVIDIA architectures that this library holds kernels for, as "80"."""
+    return [arch for arch in str(_library.cuda_archs()).split(";") if arch]
 
 
 def segment_begin(segment: int) -> int:

@@ -171,8 +171,8 @@ def reduce_partials(partials: Partials, dtype: torch.dtype) -> tuple[Tensor, Ten
         out = out * mine[..., None] + part * theirs[..., None]
         total = total * mine + part_sum * theirs
         reference = common
-    divisor = torch.where(total == 0, 1.0, total)
-    rows = out / divisor[..., None] + 0.0  # + 0 gives every zero the same sign
+    inverse = 1.0 / torch.where(total == 0, 1.0, total)
+    rows = out * inverse[..., None] + 0.0  # + 0 gives every zero the same sign
     out = _rows_like_q(rows).to(dtype).contiguous()
     out = torch.where(out.isnan(), torch.nan, out)  # one NaN, whatever made it
     return out, _log_sum_exp(reference, total)
@@ -259,19 +259,22 @@ def explain(
     Args:
         deterministic: None takes the mode in force here.
     """
-    _checks.check_device(torch.device(device))
+    device = torch.device(device)
+    _checks.check_device(device)
     mode = is_deterministic() if deterministic is None else deterministic
     q = torch.empty((b, s_q, h_q, d), dtype=dtype, device="meta")
     k = torch.empty((b, s_k, h_kv, d), dtype=dtype, device="meta")
-    plan = _native.plan(q, k, _native.DENSE, deterministic=mode, num_splits=num_splits)
+    plan = _native.plan(
+        q, k, _native.DENSE, device=device, deterministic=mode, num_splits=num_splits
+    )
     extent = plan.split_extent
     boundaries = [
         segment * extent if extent else _native.segment_begin(segment)
         for segment in range(plan.num_segments + 1)
     ]
     return Explanation(
-        family="cpu",
-        instruction_set=_native.cpu_isa(),
+        family="cpu" if device.type == "cpu" else "sm80",
+        instruction_set=_native.cpu_isa() if device.type == "cpu" else "mma.sync",
         deterministic=mode,
         block=plan.block,
         boundaries=boundaries,

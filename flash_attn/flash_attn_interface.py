@@ -85,7 +85,7 @@ def _attention(
         block_table,
         deterministic,
         # Drawn outside the op, where a compiler knows that two draws differ.
-        draw_seed() if dropout_p > 0.0 else None,
+        draw_seed(q.device) if dropout_p > 0.0 else None,
     )
     return (out, softmax_lse, s_dmask) if return_attn_probs else out
 

@@ -20,10 +20,13 @@
 #include <cstring>
 #include <limits>
 
+#include "csrc/core/host_device.h"
+
 namespace fa::contract {
 
-// Keys a block in the CPU family, for every head dim and dtype.
+// Keys a block, for every head dim and dtype.
 static constexpr int64_t kCpuBlockKeys = 64;
+static constexpr int64_t kSm80BlockKeys = 64;
 // Queries a block of the CPU family's dK and dV, counted from the sequence's first query.
 static constexpr int64_t kCpuBlockQueries = 96;
 
@@ -34,19 +37,16 @@ struct Rung {
   int64_t extent;         // keys a segment, a multiple of every family's block
   int64_t first_segment;  // number of segments below first_key
 };
-static constexpr Rung kLadder[] = {
-    {0, 512, 0},
-    {16384, 1024, 32},
-    {65536, 4096, 32 + 48},
-};
-static constexpr int kNumRungs = sizeof(kLadder) / sizeof(kLadder[0]);
+static constexpr int kNumRungs = 3;
+FA_HOST_DEVICE static constexpr Rung rung(int r) {
+  return r == 0 ? Rung{0, 512, 0} : r == 1 ? Rung{16384, 1024, 32} : Rung{65536, 4096, 32 + 48};
+}
 
 static constexpr bool ladder_is_consistent() {
   for (int r = 0; r + 1 < kNumRungs; ++r) {
-    int64_t const span = kLadder[r + 1].first_key - kLadder[r].first_key;
-    if (span % kLadder[r].extent != 0) return false;
-    if (kLadder[r].first_segment + span / kLadder[r].extent != kLadder[r + 1].first_segment)
-      return false;
+    int64_t const span = rung(r + 1).first_key - rung(r).first_key;
+    if (span % rung(r).extent != 0) return false;
+    if (rung(r).first_segment + span / rung(r).extent != rung(r + 1).first_segment) return false;
   }
   return true;
 }
@@ -54,33 +54,42 @@ static_assert(ladder_is_consistent(),
               "each rung must start where the one below it ends, on a boundary");
 
 // First key of segment `segment`; segment s covers [segment_begin(s), segment_begin(s + 1)).
-static inline int64_t segment_begin(int64_t segment) {
-  int r = kNumRungs - 1;
-  while (segment < kLadder[r].first_segment) --r;
-  return kLadder[r].first_key + (segment - kLadder[r].first_segment) * kLadder[r].extent;
+FA_HOST_DEVICE static inline int64_t segment_begin(int64_t segment) {
+  int64_t begin = segment * rung(0).extent;
+  for (int r = 1; r < kNumRungs; ++r) {
+    int64_t const above = segment - rung(r).first_segment;
+    if (above >= 0) begin = rung(r).first_key + above * rung(r).extent;
+  }
+  return begin;
 }
 
-// The segment that holds key `key`.
-static inline int64_t segment_of(int64_t key) {
-  int r = kNumRungs - 1;
-  while (key < kLadder[r].first_key) --r;
-  return kLadder[r].first_segment + (key - kLadder[r].first_key) / kLadder[r].extent;
+// The segment that holds key `key`. Each quotient is by a constant: a shift.
+FA_HOST_DEVICE static inline int64_t segment_of(int64_t key) {
+  static_assert(kNumRungs == 3);
+  if (key < rung(1).first_key) return key / rung(0).extent;
+  if (key < rung(2).first_key)
+    return rung(1).first_segment + (key - rung(1).first_key) / rung(1).extent;
+  return rung(2).first_segment + (key - rung(2).first_key) / rung(2).extent;
 }
 
 // Number of segments that hold a sequence of s_k keys.
-static inline int64_t num_segments(int64_t s_k) { return s_k > 0 ? segment_of(s_k - 1) + 1 : 0; }
+FA_HOST_DEVICE static inline int64_t num_segments(int64_t s_k) {
+  return s_k > 0 ? segment_of(s_k - 1) + 1 : 0;
+}
 
 struct KeyRange {
   int64_t begin, end;  // half open; empty when begin >= end
 };
 
 // A row that is NaN has one NaN, whatever instruction made it.
-static inline float canonical_nan() { return std::numeric_limits<float>::quiet_NaN(); }
+FA_HOST_DEVICE static inline float canonical_nan() {
+  return std::numeric_limits<float>::quiet_NaN();
+}
 
 // The visible set of query `query` of s_q: the mask is aligned to the bottom right, so that the
 // last query sees the last key. A negative left or right is unlimited; causal is right = 0.
-static inline KeyRange visible_keys(int64_t query, int64_t s_q, int64_t s_k, int64_t left,
-                                    int64_t right) {
+FA_HOST_DEVICE static inline KeyRange visible_keys(int64_t query, int64_t s_q, int64_t s_k,
+                                                   int64_t left, int64_t right) {
   int64_t const diagonal = query + s_k - s_q;
   KeyRange range{0, s_k};
   if (left >= 0 && diagonal - left > 0) range.begin = diagonal - left;
@@ -92,8 +101,9 @@ static inline KeyRange visible_keys(int64_t query, int64_t s_q, int64_t s_k, int
 
 // The queries that see any key of [key_begin, key_end), the inverse of visible_keys; a half-open
 // range of [0, s_q).
-static inline KeyRange seeing_queries(int64_t key_begin, int64_t key_end, int64_t s_q, int64_t s_k,
-                                      int64_t left, int64_t right) {
+FA_HOST_DEVICE static inline KeyRange seeing_queries(int64_t key_begin, int64_t key_end,
+                                                     int64_t s_q, int64_t s_k, int64_t left,
+                                                     int64_t right) {
   int64_t const offset = s_k - s_q;
   KeyRange range{0, s_q};
   if (right >= 0 && key_begin - offset - right > 0) range.begin = key_begin - offset - right;
@@ -104,7 +114,7 @@ static inline KeyRange seeing_queries(int64_t key_begin, int64_t key_end, int64_
 }
 
 // 2^exponent for -126 <= exponent <= 127, exact.
-static inline float power_of_two(int exponent) {
+FA_HOST_DEVICE static inline float power_of_two(int exponent) {
   uint32_t const bits = static_cast<uint32_t>(exponent + 127) << 23;
   float value;
   std::memcpy(&value, &bits, sizeof(value));
@@ -114,18 +124,20 @@ static inline float power_of_two(int exponent) {
 // The weight 2^(reference - common) of a partial whose reference lies at or below the common one.
 // Both are integers (or -inf for "saw nothing", NaN for "is NaN already"); anything 2^126 and more
 // below counts as nothing.
-static inline float fold_weight(float reference, float common) {
+FA_HOST_DEVICE static inline float fold_weight(float reference, float common) {
   float const difference = reference - common;
   return difference >= -126.0f ? power_of_two(static_cast<int>(difference)) : 0.0f;
 }
 
-static inline float fold_reference(float left, float right) { return left > right ? left : right; }
+FA_HOST_DEVICE static inline float fold_reference(float left, float right) {
+  return left > right ? left : right;
+}
 
 // log2(x) for x >= 0, in double, from additions, products and one quotient that are each rounded on
 // their own, so that PyTorch's elementwise float64 arithmetic repeats it to the bit. Series of
 // atanh in (f - 1) / (f + 1) with sqrt(1/2) <= f < sqrt(2): |argument| < 0.1716, and twelve terms
 // leave less than 1e-19.
-static inline double log2_of(double x) {
+FA_HOST_DEVICE static inline double log2_of(double x) {
   if (!(x > 0.0)) return x == 0.0 ? -std::numeric_limits<double>::infinity() : x;
   if (x == std::numeric_limits<double>::infinity()) return x;
   int exponent;
@@ -141,9 +153,14 @@ static inline double log2_of(double x) {
   return static_cast<double>(exponent) + (s * sum) * 2.88539008177792681472;  // 2 / ln 2
 }
 
+// What a finished row is multiplied by; a row that saw nothing is zero already.
+FA_HOST_DEVICE static inline float inverse_of_sum(float sum) {
+  return sum == 0.0f ? 1.0f : 1.0f / sum;
+}
+
 // Natural log-sum-exp of a finished row: `reference` in log2 units, `sum` relative to it. A row
 // that saw nothing has +inf, so that exp(score - lse) is zero in the backward pass.
-static inline float log_sum_exp(float reference, float sum) {
+FA_HOST_DEVICE static inline float log_sum_exp(float reference, float sum) {
   if (sum != sum) return canonical_nan();
   if (reference == -std::numeric_limits<float>::infinity())
     return std::numeric_limits<float>::infinity();

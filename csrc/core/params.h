@@ -7,6 +7,9 @@
 
 namespace fa {
 
+// In rng_state's second entry: the forward pass ran in deterministic mode. Offsets stay below it.
+constexpr int64_t kDeterministicBit = int64_t{1} << 62;
+
 enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
 // A tensor of rows: element (batch, position, head, column); the columns are contiguous.
@@ -27,8 +30,10 @@ struct ScoreParams {
   float const* alibi = nullptr;    // [h_q] or [b, h_q], fp32, may be null
   int64_t alibi_batch_stride = 0;  // 0 for [h_q]
   double dropout_p = 0.0;          // probability to drop, 0: none
-  uint64_t seed = 0, offset = 0;   // the counter-based generator's key
+  int64_t const* seed = nullptr;   // [2] the generator's seed and offset, null without dropout
 };
+
+constexpr int64_t kUnbounded = INT64_MAX;
 
 // Where the sequences of a batch lie.
 struct LayoutParams {
@@ -42,8 +47,12 @@ struct LayoutParams {
   int32_t const* block_table = nullptr;      // [b, max_pages], null: not paged
   int64_t block_table_stride = 0;
   int64_t page_size = 0;
-  int64_t lse_batch_stride = 0;  // dense: h_q * s_q; packed: 0
-  int64_t lse_head_stride = 0;   // dense: s_q; packed: total queries
+  // What the tensors hold, so that no index can lead outside them.
+  int64_t total_q = kUnbounded;     // tokens of a packed q, or s_q
+  int64_t total_k = kUnbounded;     // tokens of a packed k, or rows of one sequence in the cache
+  int64_t cache_rows = kUnbounded;  // batch rows of k, or pages
+  int64_t lse_batch_stride = 0;     // dense: h_q * s_q; packed: 0
+  int64_t lse_head_stride = 0;      // dense: s_q; packed: total queries
 };
 
 // How a call is scheduled. In deterministic mode nothing here can change a bit.
@@ -73,7 +82,8 @@ struct ForwardParams {
   void* s_dmask =
       nullptr;  // [b, h_q, s_dmask_rows, s_dmask_cols] in dtype, zeroed by the caller; may be null
   int64_t s_dmask_rows = 0, s_dmask_cols = 0;
-  PartialBuffers partials;  // out null: fold inside the kernel
+  int64_t* rng_state = nullptr;  // [2] receives seed, and offset with the mode; may be null
+  PartialBuffers partials;       // out null: fold inside the kernel
 };
 
 struct BackwardParams {
@@ -98,6 +108,9 @@ struct AppendParams {
   int32_t const* cache_batch_idx = nullptr;  // [b], may be null
   int32_t const* block_table = nullptr;      // [b, max_pages], may be null
   int64_t block_table_stride = 0, page_size = 0;
+  int64_t capacity = 0;       // positions of one sequence in the cache
+  int64_t cache_rows = 0;     // rows of the cache, or pages
+  int64_t rotary_rows = 0;    // s_rotary
   void const* cos = nullptr;  // [s_rotary, rotary_dim / 2] in dtype, may be null: no rotation
   void const* sin = nullptr;
   int64_t rotary_dim = 0;

@@ -114,8 +114,8 @@ struct BackwardTile {
       alignas(64) float keep[kBlockKeys];
       bool const drops = params.score.dropout_p > 0.0;
       if (drops) {
-        Dropout(params.score)
-            .factors(batch, rows[r].head, rows[r].query, block_begin, kBlockKeys, keep);
+        dropout_factors(params.score, batch, rows[r].head, rows[r].query, block_begin, kBlockKeys,
+                        keep);
       }
       for (int v = 0; v < vecs; ++v) {
         float* const s = s0 + r * kBlockKeys + v * kLanes;

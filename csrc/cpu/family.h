@@ -4,8 +4,8 @@
 
 #include <cstdint>
 
-#include "csrc/core/contract.h"
 #include "csrc/core/params.h"
+#include "csrc/core/segmentation.h"
 
 namespace fa::cpu {
 
@@ -19,17 +19,6 @@ struct QueryTile {
 // Keys [key_begin, key_begin + num_keys) of one sequence and one key head.
 struct KeyTile {
   int64_t batch, head_kv, key_begin, num_keys;
-};
-
-// Where segments end: on the contract's ladder, or (standard mode only) every `extent` keys.
-struct Segmentation {
-  int64_t extent = 0;  // 0: the ladder
-
-  int64_t begin(int64_t segment) const {
-    return extent ? segment * extent : contract::segment_begin(segment);
-  }
-  int64_t of(int64_t key) const { return extent ? key / extent : contract::segment_of(key); }
-  int64_t count(int64_t s_k) const { return s_k > 0 ? of(s_k - 1) + 1 : 0; }
 };
 
 struct KernelTable {

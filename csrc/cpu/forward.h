@@ -107,7 +107,7 @@ static void store_dropout_mask(ForwardTile<kDType> const& t) {
       int vec_begin, vec_end;
       if (!t.scores(r, 1, block, &row, &vec_begin, &vec_end)) continue;
       alignas(64) float factor[kBlockKeys];
-      Dropout(t.params.score).factors(t.tile.batch, row.head, row.query, block, kBlockKeys, factor);
+      dropout_factors(t.params.score, t.tile.batch, row.head, row.query, block, kBlockKeys, factor);
       BlockView const view = view_block(row, block);
       int64_t const base =
           ((t.tile.batch * t.params.layout.h_q + row.head) * t.params.s_dmask_rows + row.query) *

@@ -223,7 +223,7 @@ struct ForwardTile {
 
   void drop(RowView const& row, int64_t block_begin, float* p) const {
     alignas(64) float factor[kBlockKeys];
-    Dropout(params.score).factors(tile.batch, row.head, row.query, block_begin, kBlockKeys, factor);
+    dropout_factors(params.score, tile.batch, row.head, row.query, block_begin, kBlockKeys, factor);
     for (int64_t j = 0; j < kBlockKeys; ++j) p[j] = factor[j] == 0.0f ? 0.0f : p[j] * factor[j];
   }
 
@@ -267,14 +267,14 @@ struct ForwardTile {
     std::memset(scratch.o_fold, 0, sizeof(float) * tile.num_rows * d_pad);
   }
 
-  // out = O / l, rounded once; a row that saw nothing is zero. Adding +0 gives all zeros one sign.
+  // out = O * (1 / l); a row that saw nothing is zero. Adding +0 gives all zeros one sign.
   void finish() const {
     for (int64_t r = 0; r < tile.num_rows; ++r) {
       RowView const& view = row(r);
       float* const o = scratch.o_fold + r * d_pad;
-      float const sum = scratch.l_fold[r], divisor = sum == 0.0f ? 1.0f : sum;
+      float const sum = scratch.l_fold[r], inverse = contract::inverse_of_sum(sum);
       for (int64_t c = 0; c < d_pad; c += kLanes) {
-        store(o + c, load(o + c) / broadcast(divisor) + broadcast(0.0f));
+        store(o + c, load(o + c) * broadcast(inverse) + broadcast(0.0f));
       }
       unpack_row(kDType, query_row(params.out, sequence, view.query, view.head, kBytes), o, d);
       params.lse[lse_index(view)] = contract::log_sum_exp(scratch.m_fold[r], sum);

@@ -136,12 +136,8 @@ ForwardPlan plan_forward(ForwardParams const& params, int64_t num_threads) {
   if (params.plan.num_splits > 0) wanted = params.plan.num_splits;
 
   if (!params.plan.deterministic) {
-    int64_t const num_blocks = ceil_div(s_k, contract::kCpuBlockKeys);
-    int64_t splits = wanted < kMaxSplits ? wanted : kMaxSplits;
-    splits = splits < num_blocks ? splits : num_blocks;
-    plan.segmentation.extent =
-        ceil_div(num_blocks, splits > 0 ? splits : 1) * contract::kCpuBlockKeys;
-    if (plan.segmentation.extent == 0) plan.segmentation.extent = contract::kCpuBlockKeys;
+    int64_t const splits = wanted < kMaxSplits ? wanted : kMaxSplits;
+    plan.segmentation = Segmentation::of_splits(s_k, splits, contract::kCpuBlockKeys);
   }
   plan.longest_keys = s_k;
   plan.num_segments = plan.segmentation.count(s_k);

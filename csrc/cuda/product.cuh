@@ -1,0 +1,101 @@
+// The two matrix products of attention, by one warp: rows of tiles against rows of tiles, and what
+// that gave, still in registers, against a tile.
+//
+// A result c[tile][n] holds rows 16 tile + g and + 8 (g = lane / 4) of columns 8 n + 2 t and + 1 (t
+// = lane % 4): elements 0 and 1 in row g, 2 and 3 in row g + 8.
+#pragma once
+
+#include "csrc/cuda/tile.cuh"
+
+namespace fa::cuda {
+
+template <int kTiles, int kGroups>
+using Product = float[kTiles][kGroups][4];
+
+template <int kTiles, int kGroups>
+__device__ __forceinline__ void set_zero(Product<kTiles, kGroups>& c) {
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+    for (int n = 0; n < kGroups; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) c[t][n][i] = 0.0f;
+}
+
+// c (16 kTiles, 8 kGroups) = a b^T: rows [a_row, ...) of the tile a and [b_row, ...) of b, both
+// (rows, kD). Columns of a and b ascending.
+template <class Element, int kD, int kTiles, int kGroups>
+__device__ __forceinline__ void multiply_rows(Product<kTiles, kGroups>& c, uint32_t a, int a_row,
+                                              uint32_t b, int b_row, int lane) {
+  set_zero<kTiles, kGroups>(c);
+  auto const a_at = cursor_a<kD>(a, a_row, lane);
+  auto const b_at = cursor_b<kD>(b, b_row, lane);
+#pragma unroll
+  for (int k = 0; k < kD / 16; ++k) {
+    uint32_t left[kTiles][4];
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) load_matrix(left[t], a_at.at(t * 16, 2 * k));
+#pragma unroll
+    for (int n = 0; n < kGroups / 2; ++n) {
+      uint32_t right[4];
+      load_matrix(right, b_at.at(n * 16, 2 * k));
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t) {
+        multiply_add<Element>(c[t][2 * n], left[t], right[0], right[1]);
+        multiply_add<Element>(c[t][2 * n + 1], left[t], right[2], right[3]);
+      }
+    }
+  }
+}
+
+// c (16 kTiles, kD) += p b: p (16 kTiles, 8 kGroups) rounded to 16 bits, b rows [b_row, ...) of a
+// tile (rows, kD). Rows of b ascending.
+template <class Element, int kD, int kTiles, int kGroups>
+__device__ __forceinline__ void add_product(Product<kTiles, kD / 8>& c,
+                                            Product<kTiles, kGroups> const& p, uint32_t b,
+                                            int b_row, int lane) {
+  auto const b_at = cursor_b_transposed<kD>(b, b_row, lane);
+#pragma unroll
+  for (int k = 0; k < kGroups / 2; ++k) {
+    uint32_t left[kTiles][4];
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float const(&pair)[4] = p[t][2 * k + i / 2];
+        left[t][i] = pack2<Element>(pair[i % 2 * 2], pair[i % 2 * 2 + 1]);
+      }
+#pragma unroll
+    for (int n = 0; n < kD / 16; ++n) {
+      uint32_t right[4];
+      load_matrix_transposed(right, b_at.at(k * 16, 2 * n));
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t) {
+        multiply_add<Element>(c[t][2 * n], left[t], right[0], right[1]);
+        multiply_add<Element>(c[t][2 * n + 1], left[t], right[2], right[3]);
+      }
+    }
+  }
+}
+
+// Rows [row, ...) of a tile (rows, kD) = c times factor(r), rounded to 16 bits once; r counts a
+// thread's rows. Adding +0 gives all zeros one sign.
+template <class Element, int kD, int kTiles, class Factor>
+__device__ __forceinline__ void store_product(uint32_t tile, int row,
+                                              Product<kTiles, kD / 8> const& c,
+                                              Factor const& factor, int lane) {
+#pragma unroll
+  for (int r = 0; r < 2 * kTiles; ++r) {
+    int const to = row + r / 2 * 16 + r % 2 * 8 + lane / 4;
+    float const f = factor(r);
+#pragma unroll
+    for (int n = 0; n < kD / 8; ++n) {
+      float const(&x)[4] = c[r / 2][n];
+      uint32_t const both = pack2<Element>(x[r % 2 * 2] * f + 0.0f, x[r % 2 * 2 + 1] * f + 0.0f);
+      uint32_t const at = tile + TileLayout<kD>::offset(to, n) + lane % 4 * 4;
+      asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(both) : "memory");
+    }
+  }
+}
+
+}  // namespace fa::cuda

@@ -1,0 +1,194 @@
+// Tiles of rows in shared memory: how they are laid out, filled and read.
+//
+// A tile is (rows, kD) elements of 16 bits. Chunks of sixteen bytes are permuted inside a row so
+// that the eight rows which ldmatrix reads at once lie in different banks.
+#pragma once
+
+#include "csrc/cuda/convert.cuh"
+#include "csrc/cuda/ptx.cuh"
+
+namespace fa::cuda {
+
+constexpr int kChunk = 8;  // elements in sixteen bytes
+
+template <int kD>
+struct TileLayout {
+  static_assert(kD % 32 == 0);
+  static constexpr int kChunks = kD / kChunk, kRowBytes = kD * 2;
+  // Rows of 128 bytes and multiples start in the same bank: eight chunks take turns. A row of 64
+  // bytes more starts in the other half: four chunks do.
+  static constexpr int kTurns = kChunks % 8 == 0 ? 8 : 4;
+
+  __device__ static int turn(int row) { return kTurns == 8 ? row & 7 : (row >> 1) & 3; }
+  // Where a chunk lies, in bytes.
+  __device__ static uint32_t offset(int row, int chunk) {
+    return row * kRowBytes + (chunk ^ turn(row)) * 16;
+  }
+};
+
+// A lane's chunks of rows that lie a multiple of eight apart: the first is (row, chunk), and the
+// others cost one exclusive-or, or none, each.
+template <int kD>
+struct Cursor {
+  using Layout = TileLayout<kD>;
+  uint32_t base;
+
+  __device__ Cursor(uint32_t tile, int row, int chunk) : base(tile + Layout::offset(row, chunk)) {}
+  // `rows` below and `chunks` to the right; the bits of `chunks` are clear in the first chunk.
+  __device__ __forceinline__ uint32_t at(int rows, int chunks) const {
+    constexpr int kMask = Layout::kTurns - 1;
+    return (base ^ ((chunks & kMask) * 16)) + (chunks & ~kMask) * 16 + rows * Layout::kRowBytes;
+  }
+};
+
+__device__ __forceinline__ uint4 load_chunk(uint32_t from) {
+  uint4 word;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(word.x), "=r"(word.y), "=r"(word.z), "=r"(word.w)
+               : "r"(from));
+  return word;
+}
+
+// How a warp walks over rows: kLanes lanes take the chunks of one row, in kPasses.
+template <int kD>
+struct Walk {
+  static constexpr int kChunks = TileLayout<kD>::kChunks;
+  static constexpr int kLanes = kChunks % 32 == 0 ? 32 : kChunks & -kChunks;
+  static constexpr int kPasses = kChunks / kLanes, kRowsAtOnce = 32 / kLanes;
+};
+
+// One chunk, by elements: for rows that do not lie on sixteen bytes or whose d ends inside it.
+__device__ __forceinline__ void copy_chunk_by_elements(uint32_t to, uint16_t const* from,
+                                                       int present) {
+  uint32_t word[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    uint32_t const low = 2 * i < present ? from[2 * i] : 0;
+    uint32_t const high = 2 * i + 1 < present ? from[2 * i + 1] : 0;
+    word[i] = low | high << 16;
+  }
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(word[0]), "r"(word[1]),
+               "r"(word[2]), "r"(word[3])
+               : "memory");
+}
+
+// Fills rows [first, first + kRows) of a tile. row(i) is the address of row first + i, which this
+// lane's kLanes neighbours also ask for, and there(i) whether it exists: what does not, and columns
+// from d on, become zeros and are not read. kAnyAddress: rows need not lie on sixteen bytes;
+// without it they must. kUnrolled copies are written out at a time: what runs once a tile is short
+// instead, for fetching its instructions takes longer than running them.
+template <int kD, int kRows, bool kAnyAddress, int kUnrolled, class Row, class There>
+__device__ __forceinline__ void fill_rows(uint32_t tile, int first, int d, bool aligned, int lane,
+                                          Row const& row, There const& there) {
+  using W = Walk<kD>;
+  int const local = lane / W::kLanes, first_chunk = lane % W::kLanes;
+  if (!kAnyAddress || aligned) {
+#pragma unroll kUnrolled
+    for (int i = 0; i < kRows / W::kRowsAtOnce; ++i) {
+      int const r = i * W::kRowsAtOnce + local;
+      char const* const from = row(r, i);
+      bool const exists = there(r);
+#pragma unroll
+      for (int pass = 0; pass < W::kPasses; ++pass) {
+        int const chunk = pass * W::kLanes + first_chunk;
+        copy16_async(tile + TileLayout<kD>::offset(first + r, chunk), from + chunk * 16,
+                     exists && chunk * kChunk < d);
+      }
+    }
+  } else {
+#pragma unroll 1
+    for (int i = 0; i < kRows / W::kRowsAtOnce; ++i) {
+      int const r = i * W::kRowsAtOnce + local;
+      char const* const from = row(r, i);
+      bool const exists = there(r);
+#pragma unroll 1
+      for (int chunk = first_chunk; chunk < W::kChunks; chunk += W::kLanes) {
+        copy_chunk_by_elements(tile + TileLayout<kD>::offset(first + r, chunk),
+                               reinterpret_cast<uint16_t const*>(from) + chunk * kChunk,
+                               exists ? max(d - chunk * kChunk, 0) : 0);
+      }
+    }
+  }
+}
+
+// Rows that lie `stride` bytes apart, from `from` on; `present` of them exist.
+template <int kD, int kRows, bool kAnyAddress>
+__device__ __forceinline__ void fill_even_rows(uint32_t tile, int first, char const* from,
+                                               int64_t stride, int present, int d, bool aligned,
+                                               int lane) {
+  using W = Walk<kD>;
+  char const* const mine = from + lane / W::kLanes * stride;
+  fill_rows<kD, kRows, kAnyAddress, 8>(
+      tile, first, d, aligned, lane,
+      [&](int, int i) { return mine + i * (W::kRowsAtOnce * stride); },
+      [&](int r) { return r < present; });
+}
+
+// Rows that each have an address of their own: lane i holds that of row i, and in `other` that of
+// row 32 + i; null: no such row.
+template <int kD, int kRows, bool kAnyAddress>
+__device__ __forceinline__ void fill_scattered_rows(uint32_t tile, int first, char const* mine,
+                                                    char const* other, int d, bool aligned,
+                                                    int lane) {
+  bool exists = false;
+  fill_rows<kD, kRows, kAnyAddress, 1>(
+      tile, first, d, aligned, lane,
+      [&](int r, int i) {
+        auto const held =
+            reinterpret_cast<unsigned long long>(i * Walk<kD>::kRowsAtOnce < 32 ? mine : other);
+        auto const from = reinterpret_cast<char const*>(__shfl_sync(kFullWarp, held, r % 32));
+        exists = from != nullptr;
+        return from;
+      },
+      [&](int) { return exists; });
+}
+
+// kRows rows of a tile to addresses of their own, as above; null: not written.
+template <class Element, int kD, int kRows, bool kAnyAddress>
+__device__ __forceinline__ void store_rows(uint32_t tile, char* mine, int first, int d,
+                                           bool aligned, int lane) {
+  using Layout = TileLayout<kD>;
+  auto const address = reinterpret_cast<unsigned long long>(mine);
+#pragma unroll 1
+  for (int i = 0; i < kRows * Layout::kChunks / 32; ++i) {
+    int const index = i * 32 + lane, row = index / Layout::kChunks, chunk = index % Layout::kChunks;
+    char* const to = reinterpret_cast<char*>(__shfl_sync(kFullWarp, address, row));
+    int const column = chunk * kChunk;
+    if (!to || column >= d) continue;
+    uint4 word = load_chunk(tile + Layout::offset(first + row, chunk));
+    word.x = with_common_nan<Element>(word.x), word.y = with_common_nan<Element>(word.y);
+    word.z = with_common_nan<Element>(word.z), word.w = with_common_nan<Element>(word.w);
+    if (!kAnyAddress || aligned) {
+      reinterpret_cast<uint4*>(to)[chunk] = word;
+    } else {
+      uint16_t* const elements = reinterpret_cast<uint16_t*>(to) + column;
+      uint32_t const words[4] = {word.x, word.y, word.z, word.w};
+#pragma unroll
+      for (int j = 0; j < kChunk; ++j) {
+        if (column + j < d) elements[j] = static_cast<uint16_t>(words[j / 2] >> (j % 2 * 16));
+      }
+    }
+  }
+}
+
+// The matrices of the tensor cores' operands, sixteen rows by sixteen columns at a time.
+
+// A: load_matrix at at(row, 2 k) gives rows [row, row + 16), columns [16 k, 16 k + 16).
+template <int kD>
+__device__ __forceinline__ Cursor<kD> cursor_a(uint32_t tile, int row, int lane) {
+  return Cursor<kD>(tile, row + lane % 16, lane / 16);
+}
+// B from rows that are columns of B (keys of q k^T): load_matrix at at(n, 2 k) gives columns [n, n
+// + 16) of B. Elements 0, 1 belong to the first eight, 2, 3 to the others.
+template <int kD>
+__device__ __forceinline__ Cursor<kD> cursor_b(uint32_t tile, int first, int lane) {
+  return Cursor<kD>(tile, first + lane % 8 + lane / 16 * 8, lane / 8 % 2);
+}
+// B from rows that are rows of B (values of p v): load_matrix_transposed at at(row, 2 n) gives
+// rows [first + row, first + row + 16), columns [16 n, 16 n + 16).
+template <int kD>
+__device__ __forceinline__ Cursor<kD> cursor_b_transposed(uint32_t tile, int first, int lane) {
+  return Cursor<kD>(tile, first + lane % 16, lane / 16);
+}
+
+}  // namespace fa::cuda

@@ -1,0 +1,92 @@
+// The backward pass: delta, and which kernels a call gets.
+#include "csrc/cuda/convert.cuh"
+#include "csrc/cuda/errors.cuh"
+#include "csrc/sm80/addresses.h"
+#include "csrc/sm80/backward_launch.h"
+#include "csrc/sm80/backward_scores.cuh"
+
+namespace fa::sm80 {
+namespace {
+
+constexpr int kWarps = 4;
+
+// delta = sum over columns of dout * out, one warp a row: lane i sums columns i, i + 32, ..., then
+// the lanes' fixed tree.
+template <class Element>
+__global__ __launch_bounds__(32 * kWarps) void delta_kernel(
+    __grid_constant__ BackwardParams const call) {
+  LayoutParams const& layout = call.layout;
+  int const lane = threadIdx.x % 32;
+  int64_t const index = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+  int64_t const head = index % layout.h_q, query = index / layout.h_q % layout.s_q;
+  int64_t const batch = index / layout.h_q / layout.s_q;
+  if (batch >= layout.b) return;
+  Sequence const s = sequence_of(layout, batch);
+  if (query >= s.s_q) return;
+  auto const* const out = reinterpret_cast<Element const*>(query_row(call.out, s, query, head, 2));
+  auto const* const dout =
+      reinterpret_cast<Element const*>(query_row(call.dout, s, query, head, 2));
+  float sum = 0.0f;
+  for (int i = lane; i < layout.d; i += 32) sum = fmaf(to_float(dout[i]), to_float(out[i]), sum);
+  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kFullWarp, sum, step);
+  if (lane == 0)
+    call.delta[delta_base(call, s, batch) + head * call.delta_head_stride + query] = sum;
+}
+
+struct Kernels {
+  void (*queries)(BackwardLaunch const&, cudaStream_t);
+  void (*keys)(BackwardLaunch const&, cudaStream_t);
+};
+
+template <class Element, int kD, bool kFeatures>
+Kernels kernels() {
+  return {launch_query_tiles<QueryTile<Element, kD, kFeatures>>,
+          launch_key_tiles<KeyTile<Element, kD, kFeatures>>};
+}
+
+template <class Element, int kD>
+Kernels with_features(bool features) {
+  return features ? kernels<Element, kD, true>() : kernels<Element, kD, false>();
+}
+
+template <class Element>
+Kernels with_head_dim(int64_t d, bool features) {
+  switch (head_dim_bucket(d)) {
+    case 64:
+      return with_features<Element, 64>(features);
+    case 96:
+      return with_features<Element, 96>(features);
+    case 128:
+      return with_features<Element, 128>(features);
+    case 192:
+      return with_features<Element, 192>(features);
+    default:
+      return with_features<Element, 256>(features);
+  }
+}
+
+}  // namespace
+
+void backward(BackwardParams const& call, void* stream) {
+  auto const on = static_cast<cudaStream_t>(stream);
+  LayoutParams const& layout = call.layout;
+  check_positions(layout);
+  BackwardLaunch launch{call, cuda::ScoreScale::of(call.score), 0, layout.d % 8 == 0};
+  for (RowTensor const* t : {&call.q, &call.k, &call.v, &call.dout, &call.dq, &call.dk, &call.dv}) {
+    launch.aligned = launch.aligned && on_sixteen_bytes(*t);
+  }
+  bool const half = call.dtype == DType::kFloat16;
+  int64_t const rows = layout.b * layout.s_q * layout.h_q;
+  if (rows > 0) {
+    auto const kernel = half ? delta_kernel<__half> : delta_kernel<__nv_bfloat16>;
+    kernel<<<static_cast<unsigned>((rows + kWarps - 1) / kWarps), 32 * kWarps, 0, on>>>(call);
+    cuda::check(cudaGetLastError());
+  }
+  bool const features = launch.scale.shaped || launch.scale.drops || !launch.aligned;
+  Kernels const run = half ? with_head_dim<__half>(layout.d, features)
+                           : with_head_dim<__nv_bfloat16>(layout.d, features);
+  run.queries(launch, on);
+  run.keys(launch, on);
+}
+
+}  // namespace fa::sm80

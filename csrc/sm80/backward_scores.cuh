@@ -1,0 +1,77 @@
+// P and dS of one query and one key.
+//
+//   P = exp(S - lse), dP = dO V^T, dS = P (dP - delta), delta = sum(dO * O)
+//   dQ = scale dS K, dK = scale dS^T Q, dV = P^T dO
+// Dropout multiplies P in dV, and dP, by keep / (1 - p).
+#pragma once
+
+#include "csrc/core/sequence.h"
+#include "csrc/cuda/product.cuh"
+#include "csrc/cuda/score.cuh"
+#include "csrc/sm80/family.h"
+
+namespace fa::sm80 {
+
+using namespace fa::cuda;
+
+constexpr float kLog2E = 1.44269504088896340736f;
+
+// What decides which keys a query sees: key - query in [lowest, highest], and both exist.
+struct Diagonals {
+  int lowest, highest, s_q, s_k, offset;
+
+  __device__ Diagonals(ScoreParams const& score, Sequence const& s)
+      : s_q(static_cast<int>(s.s_q)),
+        s_k(static_cast<int>(s.s_k)),
+        offset(static_cast<int>(s.s_k - s.s_q)) {
+    constexpr int64_t kFar = 1 << 30;
+    lowest =
+        static_cast<int>(score.window_left < 0 ? -kFar : max(offset - score.window_left, -kFar));
+    highest =
+        static_cast<int>(score.window_right < 0 ? kFar : min(offset + score.window_right, kFar));
+  }
+  __device__ __forceinline__ bool sees(int query, int key) const {
+    return key - query >= lowest && key - query <= highest && query < s_q && key < s_k;
+  }
+  // Whether any query of [q0, q1) sees any key of [k0, k1), or every one every one.
+  __device__ __forceinline__ bool any(int q0, int q1, int k0, int k1) const {
+    return k1 - 1 - q0 >= lowest && k0 - (q1 - 1) <= highest && k0 < s_k;
+  }
+  __device__ __forceinline__ bool every(int q0, int q1, int k0, int k1) const {
+    return k0 - (q1 - 1) >= lowest && k1 - 1 - q0 <= highest && q1 <= s_q && k1 <= s_k;
+  }
+};
+
+// s: q k^T on entry, then what dV sums; dp: dO V^T on entry, then dS. lse_log2: of the row, in log2
+// units, +inf: it saw nothing.
+template <bool kFeatures>
+__device__ __forceinline__ void gradient_of_score(float& s, float& dp, bool seen, float lse_log2,
+                                                  float delta, ScoreScale const& scale,
+                                                  RowView const& row, int key, float keep) {
+  float p, slope = 1.0f;
+  if (kFeatures && scale.shaped) {
+    float tanh = 0.0f;
+    p = exp2_of(shape_score(s, scale, row, key, &tanh) - lse_log2);
+    slope = 1.0f - tanh * tanh;
+  } else {
+    p = exp2_of(fmaf(s, scale.exponent_scale, -lse_log2));
+  }
+  if (!seen) p = 0.0f;
+  float kept = dp, value = p;
+  if (kFeatures && scale.drops) {
+    kept = keep == 0.0f ? 0.0f : dp * keep;
+    value = p * keep;
+  }
+  float const ds = p * (kept - delta);
+  dp = seen ? (kFeatures && scale.shaped ? ds * slope : ds) : 0.0f;
+  s = value;
+}
+
+// Index of (head 0, query 0) of a sequence in delta.
+__device__ __forceinline__ int64_t delta_base(BackwardParams const& call, Sequence const& s,
+                                              int64_t batch) {
+  return call.layout.cu_seqlens_q ? s.first_query + batch * call.delta_sequence_pad
+                                  : batch * call.delta_batch_stride;
+}
+
+}  // namespace fa::sm80

@@ -1,0 +1,75 @@
+// S_dmask = exp(score - the row's maximum), negative where dropped: one warp a row, for debugging
+// only. Two walks over the keys with plain products; it repeats the mask of the forward pass, not
+// its rounding.
+#include "csrc/cuda/convert.cuh"
+#include "csrc/cuda/errors.cuh"
+#include "csrc/cuda/score.cuh"
+#include "csrc/sm80/family.h"
+
+namespace fa::sm80 {
+namespace {
+
+using namespace fa::cuda;
+
+constexpr int kWarps = 4;
+
+template <class Element>
+__device__ float score_of(Element const* q, Element const* k, int d, ScoreScale const& scale,
+                          RowView const& row, int key) {
+  float product = 0.0f;
+  for (int i = 0; i < d; ++i) product = fmaf(to_float(q[i]), to_float(k[i]), product);
+  float tanh;
+  return scale.shaped ? shape_score(product, scale, row, key, &tanh)
+                      : product * scale.exponent_scale;
+}
+
+template <class Element>
+__global__ __launch_bounds__(32 * kWarps) void dmask_kernel(
+    __grid_constant__ ForwardParams const call, ScoreScale const scale) {
+  LayoutParams const& layout = call.layout;
+  int const lane = threadIdx.x % 32, d = static_cast<int>(layout.d);
+  int const batch = blockIdx.z, head = blockIdx.y;
+  int const query = static_cast<int>(blockIdx.x) * kWarps + threadIdx.x / 32;
+  Sequence const s = sequence_of(layout, batch);
+  if (query >= s.s_q) return;
+  int const group = static_cast<int>(layout.h_q / layout.h_kv);
+  RowView const row =
+      view_row(call.score, s, batch, head / group, group, query * group + head % group);
+  auto const* const q = reinterpret_cast<Element const*>(query_row(call.q, s, query, head, 2));
+  KeyRows const keys = key_rows(call.k, layout, s, head / group, 2);
+  auto const score = [&](int key) {
+    if (keys.pages) {
+      int const page = keys.pages[key / keys.page_size];
+      if (page < 0 || page >= layout.cache_rows) return 0.0f;
+    }
+    return score_of(q, reinterpret_cast<Element const*>(keys.row(key)), d, scale, row, key);
+  };
+  float top = -INFINITY;
+  for (int key = row.begin + lane; key < row.end; key += 32) top = fmaxf(top, score(key));
+  for (int step = 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, step));
+  uint64_t const dropout_key = philox_key(call.score.seed);
+  Element* const out =
+      static_cast<Element*>(call.s_dmask) +
+      ((batch * layout.h_q + head) * call.s_dmask_rows + query) * call.s_dmask_cols;
+  for (int key = row.begin + lane; key < row.end; key += 32) {
+    float const p = exp2_of(score(key) - top);
+    float2 const factor = dropout_factors(scale.keep, dropout_key, row, batch, key & ~1);
+    bool const kept = (key % 2 == 0 ? factor.x : factor.y) != 0.0f;
+    out[key] = round_to<Element>(kept ? p : -p);
+  }
+}
+
+}  // namespace
+
+void write_dmask(ForwardParams const& call, void* stream) {
+  dim3 const grid(static_cast<unsigned>((call.layout.s_q + kWarps - 1) / kWarps),
+                  static_cast<unsigned>(call.layout.h_q), static_cast<unsigned>(call.layout.b));
+  if (grid.x == 0) return;
+  auto const kernel =
+      call.dtype == DType::kFloat16 ? dmask_kernel<__half> : dmask_kernel<__nv_bfloat16>;
+  kernel<<<grid, 32 * kWarps, 0, static_cast<cudaStream_t>(stream)>>>(call,
+                                                                      ScoreScale::of(call.score));
+  fa::cuda::check(cudaGetLastError());
+}
+
+}  // namespace fa::sm80

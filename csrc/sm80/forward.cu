@@ -1,0 +1,130 @@
+// Which forward kernel a call gets, and how it is cut.
+//
+// The kernel is chosen from dtype, head dim and features; how many warps share a tile, and where
+// segments run, from the shape: neither of the latter can change a bit.
+#include "csrc/cuda/errors.cuh"
+#include "csrc/sm80/addresses.h"
+#include "csrc/sm80/fold.h"
+#include "csrc/sm80/forward_launch.h"
+
+namespace fa::sm80 {
+namespace {
+
+constexpr int64_t kFewRows = 16;
+constexpr int64_t kMaxPieces = 128;
+constexpr int64_t kMaxPartialFloats = 8 * 1024 * 1024;  // 32 MiB; more segments run in sequence
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+using Launch = void (*)(ForwardLaunch const&, cudaStream_t);
+
+template <class Element, int kD, bool kFeatures>
+Launch with_rows(bool few) {
+  return few ? launch_forward<ForwardTraits<Element, kD, true, kFeatures>>
+             : launch_forward<ForwardTraits<Element, kD, false, kFeatures>>;
+}
+
+template <class Element, int kD>
+Launch with_features(bool few, bool features) {
+  return features ? with_rows<Element, kD, true>(few) : with_rows<Element, kD, false>(few);
+}
+
+template <class Element>
+Launch with_head_dim(int64_t d, bool few, bool features) {
+  switch (head_dim_bucket(d)) {
+    case 64:
+      return with_features<Element, 64>(few, features);
+    case 96:
+      return with_features<Element, 96>(few, features);
+    case 128:
+      return with_features<Element, 128>(few, features);
+    case 192:
+      return with_features<Element, 192>(few, features);
+    default:
+      return with_features<Element, 256>(few, features);
+  }
+}
+
+// Rows of one segment of the partials.
+int64_t partial_rows(LayoutParams const& layout) {
+  return layout.cu_seqlens_q ? layout.h_q * layout.lse_head_stride
+                             : layout.b * layout.lse_batch_stride;
+}
+
+}  // namespace
+
+int64_t num_multiprocessors(int device) {
+  int count = 0;
+  cuda::check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
+
+ForwardPlan plan_forward(ForwardParams const& params, int64_t num_multiprocessors) {
+  LayoutParams const& layout = params.layout;
+  check_positions(layout);
+  ForwardPlan plan;
+  int const bucket = static_cast<int>(head_dim_bucket(layout.d));
+  int64_t const rows = layout.s_q * (layout.h_q / layout.h_kv);
+  plan.few_rows = rows <= kFewRows;
+  plan.tile_rows = tile_rows(bucket, plan.few_rows);
+  plan.tiles = ceil_div(rows, plan.tile_rows);
+  int64_t const tiles = plan.tiles * layout.h_kv * layout.b;
+  int64_t const places = num_multiprocessors * blocks_a_processor(bucket, plan.few_rows);
+  int64_t pieces = 1;
+  if (tiles > 0 && tiles < places) pieces = ceil_div(places, tiles);
+  if (params.plan.num_splits > 0) pieces = params.plan.num_splits;
+  if (pieces > kMaxPieces) pieces = kMaxPieces;
+
+  // One extent for all sequences: no shorter one may have more segments than the longest.
+  if (!params.plan.deterministic)
+    plan.segmentation = Segmentation::of_splits(layout.s_k, pieces, contract::kSm80BlockKeys);
+  plan.num_segments = plan.segmentation.count(layout.s_k);
+  if (pieces > plan.num_segments) pieces = plan.num_segments;
+  int64_t const partial_floats = plan.num_segments * partial_rows(layout) * (layout.d + 2);
+  plan.pieces = pieces < 1 || partial_floats > kMaxPartialFloats ? 1 : pieces;
+  plan.work = plan.blocks = tiles * plan.pieces;
+  if (plan.pieces > 1) {
+    plan.scratch_floats = partial_floats;
+  } else if (plan.num_segments > 1) {
+    if (plan.blocks > places) plan.blocks = places;
+    plan.scratch_floats = plan.blocks * plan.tile_rows * bucket + 1;  // and the counter of work
+  }
+  return plan;
+}
+
+void forward(ForwardParams const& call, ForwardPlan const& plan, float* scratch, void* stream) {
+  ForwardLaunch launch;
+  launch.call = call;
+  launch.scale = cuda::ScoreScale::of(call.score);
+  launch.plan = plan;
+  launch.group = static_cast<int>(call.layout.h_q / call.layout.h_kv);
+  launch.aligned = call.layout.d % 8 == 0 && on_sixteen_bytes(call.q) && on_sixteen_bytes(call.k) &&
+                   on_sixteen_bytes(call.v) && on_sixteen_bytes(call.out);
+  auto const on = static_cast<cudaStream_t>(stream);
+  bool const hands_on = call.partials.out != nullptr;
+  launch.partials = hands_on || plan.pieces > 1;
+  if (hands_on) {
+    launch.plan.blocks = plan.work;
+  } else if (plan.pieces > 1) {
+    PartialBuffers& partials = launch.call.partials;
+    partials.rows = partial_rows(call.layout);
+    partials.out = scratch;
+    partials.max_log2 = scratch + plan.num_segments * partials.rows * call.layout.d;
+    partials.sum = partials.max_log2 + plan.num_segments * partials.rows;
+  } else if (plan.scratch_floats > 0) {
+    launch.folds = reinterpret_cast<float4*>(scratch);
+    if (plan.blocks < plan.work) {
+      launch.next_work = reinterpret_cast<int*>(scratch + plan.scratch_floats - 1);
+      cuda::check(cudaMemsetAsync(launch.next_work, 0, sizeof(int), on));
+    }
+  }
+  bool const features = launch.scale.shaped || launch.scale.drops || !launch.aligned;
+  int64_t const d = call.layout.d;
+  auto const run = call.dtype == DType::kFloat16
+                       ? with_head_dim<__half>(d, plan.few_rows, features)
+                       : with_head_dim<__nv_bfloat16>(d, plan.few_rows, features);
+  if (plan.work > 0) run(launch, on);
+  if (launch.partials && !hands_on) launch_fold(launch, on);
+}
+
+}  // namespace fa::sm80

@@ -1,0 +1,56 @@
+// Blocks of a sequence's keys (or values) into shared memory, whatever holds them.
+#pragma once
+
+#include "csrc/core/sequence.h"
+#include "csrc/cuda/tile.cuh"
+
+namespace fa::sm80 {
+
+// Traits: kD, kWarps, kBlockKeys, kAnyAddress, kPaged. Lies in shared memory: registers are short
+// where it is used.
+template <class Traits>
+struct KeyTiles {
+  static constexpr int kD = Traits::kD, kWarpRows = Traits::kBlockKeys / Traits::kWarps;
+
+  char const* first;   // row 0 of the sequence, or of page 0 in a paged cache
+  int64_t row_bytes;   //
+  int64_t page_bytes;  // paged only, like the rest
+  int const* pages;    // of this sequence; null: not paged
+  int page_size, num_pages;
+  int s_k, d;
+  bool aligned;
+
+  __device__ void set(LayoutParams const& layout, RowTensor const& t, Sequence const& s,
+                      int head_kv, bool on_sixteen_bytes) {
+    KeyRows const rows = key_rows(t, layout, s, head_kv, 2);
+    first = rows.base + s.first_key * rows.row_bytes;
+    row_bytes = rows.row_bytes;
+    page_bytes = rows.page_bytes;
+    pages = rows.pages;
+    page_size = static_cast<int>(layout.page_size);
+    num_pages = static_cast<int>(min(layout.cache_rows, int64_t{0x7fffffff}));
+    s_k = static_cast<int>(s.s_k), d = static_cast<int>(layout.d);
+    aligned = on_sixteen_bytes;
+  }
+
+  // This warp's share of rows [block, block + kBlockKeys) of the tile `to`; what lies beyond s_k
+  // becomes zeros and is not read.
+  __device__ __forceinline__ void load(uint32_t to, int block, int warp, int lane) const {
+    int const own = warp * kWarpRows, begin = block + own, present = s_k - begin;
+    if (!Traits::kPaged || !pages) {
+      cuda::fill_even_rows<kD, kWarpRows, Traits::kAnyAddress>(
+          to, own, first + begin * row_bytes, row_bytes, present, d, aligned, lane);
+      return;
+    }
+    auto const find = [&](int row) -> char const* {
+      if (row >= kWarpRows || row >= present) return nullptr;
+      int const key = begin + row, page = pages[key / page_size];
+      if (page < 0 || page >= num_pages) return nullptr;  // nobody has read the table on the host
+      return first + page * page_bytes + (key % page_size) * row_bytes;
+    };
+    cuda::fill_scattered_rows<kD, kWarpRows, Traits::kAnyAddress>(
+        to, own, find(lane), find(lane + 32), d, aligned, lane);
+  }
+};
+
+}  // namespace fa::sm80
