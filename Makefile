@@ -5,6 +5,7 @@
 
 PYTHON ?= python3
 TEST_JOBS ?= 2
+GPU_JOBS ?= 8
 ARGS ?=
 
 BIN := .venv/bin
@@ -19,12 +20,12 @@ DEV_TOOLS := .venv/.dev-tools
 INSTALLED := .venv/.installed
 WHEEL := dist/.wheel
 
-.PHONY: help validate test build wheel lint format bench clean
+.PHONY: help validate test build wheel lint format bench gpu-test gpu-bench gpu-sanitize clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # two pips in one .venv disturb each other; ninja compiles in parallel anyway
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*##  */\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*##  */\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 validate: build  ## see the guarantee proven on this machine: python validate_determinism.py $(ARGS)
 	$(BIN)/python validate_determinism.py $(ARGS)
@@ -50,6 +51,15 @@ format: $(DEV_TOOLS)  ## rewrite sources as lint wants them
 
 bench: build  ## speed against PyTorch's attention: python -m benchmarks.bench_attention $(ARGS)
 	$(BIN)/python -m benchmarks.bench_attention $(ARGS)
+
+gpu-test: build  ## every test, with its tensors on a GPU; minutes
+	FLASH_ATTN_TEST_DEVICE=cuda $(BIN)/python -m pytest --numprocesses $(GPU_JOBS) --dist worksteal $(ARGS)
+
+gpu-bench: build  ## speed and memory against PyTorch's attention on a GPU, into results/<gpu>/
+	$(BIN)/python -m benchmarks.bench_gpu $(ARGS)
+
+gpu-sanitize: build  ## compute-sanitizer's four tools over a small call of every kind of kernel
+	$(BIN)/python -m benchmarks.sanitize $(ARGS)
 
 clean:  ## remove what was built; .venv stays
 	rm -rf build dist *.egg-info $(LIBRARY) $(INSTALLED) .pytest_cache .mypy_cache .ruff_cache .hypothesis

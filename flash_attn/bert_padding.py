@@ -59,7 +59,7 @@ class IndexPutFirstAxis(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
         ctx.save_for_backward(indices)
         output = values.new_zeros(first_axis_dim, *values.shape[1:])
-        return output.index_copy_(0, indices, values)  # (first_axis_dim, ...)
+        return output.index_copy_(0, indices.long(), values)  # (first_axis_dim, ...)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:

@@ -1,4 +1,4 @@
-"""Hypothesis profiles, skips with a reason, and a clean process for every test."""
+"""Hypothesis profiles, the device, skips with a reason, and a clean process for every test."""
 
 import os
 
@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import hypothesis
 import pytest
 import torch
+from device import DEVICE, ON_GPU
 
 from flash_attn import determinism
 
@@ -29,22 +30,51 @@ hypothesis.settings.register_profile(
 )
 PROFILE = os.environ.get("FLASH_ATTN_TEST_PROFILE", "dev")
 
+MARKERS = (
+    "cpu_only: about the CPU family, or about what only the CPU can tell",
+    "gpu_sample: 2,000 random problems from fixed seeds; needs FLASH_ATTN_TEST_DEVICE=cuda",
+)
+# About the tree, its packages and plain PyTorch: the device changes nothing in them, and a machine
+# with a GPU need not have the tools that they import.
+NOT_ON_GPU = (
+    "test_bench_gpu.py",
+    "test_bert_padding.py",
+    "test_cuda_build.py",
+    "test_notebook.py",
+    "test_project.py",
+    "test_wheel.py",
+)
+collect_ignore = list(NOT_ON_GPU) if ON_GPU else []
 
-def pytest_configure():
+
+def pytest_configure(config):
+    for marker in MARKERS:
+        config.addinivalue_line("markers", marker)
+    if ON_GPU and not torch.cuda.is_available():
+        raise pytest.UsageError(f"FLASH_ATTN_TEST_DEVICE={DEVICE}, but PyTorch finds no GPU")
     hypothesis.settings.load_profile(PROFILE)
     torch.set_num_threads(TEST_THREADS)
 
 
+def pytest_report_header():
+    if ON_GPU:
+        return f"device: {torch.cuda.get_device_name(DEVICE)}, without {', '.join(NOT_ON_GPU)}"
+    return "device: cpu"
+
+
 def pytest_collection_modifyitems(items):
-    no_gpu = pytest.mark.skip(reason="needs a CUDA device")
+    on_cpu = pytest.mark.skip(reason="about the CPU alone")
+    on_gpu = pytest.mark.skip(reason="needs a GPU and FLASH_ATTN_TEST_DEVICE=cuda")
     by_day = pytest.mark.skip(reason="needs FLASH_ATTN_TEST_PROFILE=overnight")
     for item in items:
         if PROFILE == "overnight":
             item.add_marker(pytest.mark.timeout(0))
         elif "overnight" in item.keywords:
             item.add_marker(by_day)
-        if "gpu" in item.keywords and not torch.cuda.is_available():
-            item.add_marker(no_gpu)
+        if ON_GPU and "cpu_only" in item.keywords:
+            item.add_marker(on_cpu)
+        if not ON_GPU and not {"gpu", "gpu_sample"}.isdisjoint(item.keywords):
+            item.add_marker(on_gpu)
 
 
 @pytest.fixture(autouse=True)
@@ -58,3 +88,9 @@ def process_state():
     determinism._process_default = default_mode
     torch.use_deterministic_algorithms(torch_mode, warn_only=torch_warn_only)
     torch.set_num_threads(TEST_THREADS)
+
+
+@pytest.fixture
+def contents_are_checked(monkeypatch):
+    """What index tensors hold is read on the host, on a GPU as well: there only when asked."""
+    monkeypatch.setenv("FLASH_ATTN_CHECK", "1")

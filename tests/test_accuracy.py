@@ -7,11 +7,11 @@ import random
 
 import pytest
 import torch
+from device import DEVICE, DTYPES, page_size
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import (
     BLOCK,
-    DTYPES,
     RICH_DENSE,
     RICH_PACKS,
     SEGMENT,
@@ -25,7 +25,7 @@ from strategies import (
 from flash_attn import determinism, flash_attn_func, flash_attn_varlen_func
 from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 from flash_attn.reference import assert_accurate, attention, attention_varlen
-from flash_attn.testing import cumulative_lengths, page_table, paged_rows
+from flash_attn.testing import page_table, paged_rows
 
 
 @with_examples(RICH_DENSE)
@@ -43,7 +43,7 @@ def test_dense(problem: Problem):
 def test_varlen(problem: Problem):
     """flash_attn_varlen_func over ragged packs, sequences without queries or keys included."""
     q, k, v = problem.packed()
-    cu_q, cu_k = cumulative_lengths(problem.lengths_q), cumulative_lengths(problem.lengths_k)
+    cu_q, cu_k = problem.cu_seqlens()
     with determinism.deterministic(problem.deterministic):
         out, lse, _ = flash_attn_varlen_func(
             q,
@@ -61,13 +61,16 @@ def test_varlen(problem: Problem):
     )
 
 
-@with_examples(RICH_PACKS, 7)
-@given(varlen_problems(), st.one_of(st.integers(1, 9), st.sampled_from([16, 100, 256])))
+PAGES = st.one_of(st.integers(1, 9), st.sampled_from([16, 100, 256])).map(page_size)
+
+
+@with_examples(RICH_PACKS, page_size(7))
+@given(varlen_problems(), PAGES)
 def test_varlen_paged(problem: Problem, page: int):
     """The same over pages of any size, shuffled, with NaN in every row that is not in use."""
     q, k, v = problem.packed()
-    cu_q, cu_k = cumulative_lengths(problem.lengths_q), cumulative_lengths(problem.lengths_k)
-    table, num_pages = page_table(problem.lengths_k, page, seed=problem.seed)
+    cu_q, cu_k = problem.cu_seqlens()
+    table, num_pages = page_table(problem.lengths_k, page, seed=problem.seed, device=DEVICE)
     k_pages, v_pages = (
         paged_rows(x.split(problem.lengths_k), table, num_pages, page) for x in (k, v)
     )
@@ -99,7 +102,7 @@ def test_seqused_k_and_leftpad_k(problem: Problem, padded: bool):
     q, k, v = (
         torch.nn.functional.pad(x, (0, -x.shape[-1] % 8)).contiguous() for x in problem.packed()
     )  # this op wants d % 8 == 0
-    cu_q, cu_k = cumulative_lengths(problem.lengths_q), cumulative_lengths(problem.lengths_k)
+    cu_q, cu_k = problem.cu_seqlens()
     for b, (use, pad) in enumerate(zip(used, pads, strict=True)):
         for x in (k, v):
             x[int(cu_k[b]) : int(cu_k[b]) + pad] = torch.nan
@@ -107,9 +110,11 @@ def test_seqused_k_and_leftpad_k(problem: Problem, padded: bool):
     options = problem.options() | {"softmax_scale": problem.softmax_scale or problem.d**-0.5}
     left, right = options["window_size"]
     extra = {
-        "seqused_k": torch.tensor(used, dtype=torch.int32),
-        "leftpad_k": torch.tensor(pads, dtype=torch.int32) if padded else None,
+        "seqused_k": torch.tensor(used, dtype=torch.int32, device=DEVICE),
+        "leftpad_k": None,
     }
+    if padded:
+        extra["leftpad_k"] = torch.tensor(pads, dtype=torch.int32, device=DEVICE)
     with determinism.deterministic(problem.deterministic):
         out, lse, _, _ = _flash_attn_varlen_forward(
             q,

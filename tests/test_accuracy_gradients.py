@@ -6,39 +6,22 @@ in the tensors' own dtype.
 
 import pytest
 import torch
+from device import DEVICE, DTYPES, FINEST
+from gradient_calls import check_dense, check_pack
 from hypothesis import given
 from strategies import (
-    DTYPES,
     RICH_DENSE,
     RICH_PACKS,
     Problem,
-    assert_gradients_accurate,
     autograd,
     dense_problems,
     varlen_problems,
     with_examples,
 )
 
-from flash_attn import determinism, flash_attn_func, flash_attn_varlen_func
-from flash_attn.reference import attention, attention_varlen
-from flash_attn.testing import cumulative_lengths
+from flash_attn import flash_attn_func, flash_attn_varlen_func
 
 BUDGET = 1 << 22
-
-
-def check_dense(problem: Problem, label=""):
-    tensors, options = problem.dense(), problem.options()
-    dout = problem.upstream_gradient(tensors[0])
-    with determinism.deterministic(problem.deterministic):
-        ours = autograd(lambda *x: flash_attn_func(*x, **options), tensors, dout)
-    assert_gradients_accurate(
-        ours,
-        lambda q, k, v, *, dtype: attention(q, k, v, dtype=dtype, **options),
-        problem,
-        tensors,
-        dout,
-        label,
-    )
 
 
 @with_examples(RICH_DENSE)
@@ -52,19 +35,7 @@ def test_dense(problem: Problem):
 @given(varlen_problems(BUDGET))
 def test_varlen(problem: Problem):
     """flash_attn_varlen_func over ragged packs, empty sequences included."""
-    tensors, options = problem.packed(), problem.options()
-    cu_q, cu_k = cumulative_lengths(problem.lengths_q), cumulative_lengths(problem.lengths_k)
-    extents = (cu_q, cu_k, max(problem.lengths_q), max(problem.lengths_k))
-    dout = problem.upstream_gradient(tensors[0])
-    with determinism.deterministic(problem.deterministic):
-        ours = autograd(lambda *x: flash_attn_varlen_func(*x, *extents, **options), tensors, dout)
-    assert_gradients_accurate(
-        ours,
-        lambda q, k, v, *, dtype: attention_varlen(q, k, v, cu_q, cu_k, dtype=dtype, **options),
-        problem,
-        tensors,
-        dout,
-    )
+    check_pack(problem)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -101,12 +72,12 @@ def test_rows_that_see_nothing(dtype):
 @pytest.mark.parametrize("strided", ["dense", "varlen"])
 def test_gradient_of_a_transposed_output(strided):
     """dout may have any outer strides, a broadcast (stride 0) included."""
-    problem = Problem((33, 33), (65, 65), h_q=4, h_kv=2, d=24, dtype=torch.float32)
+    problem = Problem((33, 33), (65, 65), h_q=4, h_kv=2, d=24, dtype=FINEST)
     if strided == "dense":
         tensors, function = problem.dense(), flash_attn_func
     else:
         tensors = problem.packed()
-        cu_q, cu_k = cumulative_lengths(problem.lengths_q), cumulative_lengths(problem.lengths_k)
+        cu_q, cu_k = problem.cu_seqlens()
 
         def function(q, k, v):
             return flash_attn_varlen_func(q, k, v, cu_q, cu_k, 33, 65)
@@ -117,7 +88,7 @@ def test_gradient_of_a_transposed_output(strided):
     assert not swapped.is_contiguous()
     for actual, wanted in zip(autograd(function, tensors, swapped), expected, strict=True):
         assert torch.equal(actual, wanted)
-    ones = torch.ones(()).expand_as(dout)
+    ones = torch.ones((), dtype=FINEST, device=DEVICE).expand_as(dout)
     dense_ones = autograd(function, tensors, ones.contiguous())
     for actual, wanted in zip(autograd(function, tensors, ones), dense_ones, strict=True):
         assert torch.equal(actual, wanted)

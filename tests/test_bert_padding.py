@@ -76,6 +76,7 @@ def test_pad_undoes_unpad(mask, dtype, features):
     hidden = batch_of((len(mask), 5, *features), dtype)
     packed, indices, *_ = unpad_input(hidden, torch.tensor(mask))
     padded = pad_input(packed, indices, len(mask), 5)
+    assert_bitwise_equal(pad_input(packed, indices.int(), len(mask), 5), padded)
     kept = torch.tensor(mask, dtype=torch.bool)
     expected = torch.zeros_like(hidden)
     expected[kept] = hidden[kept]

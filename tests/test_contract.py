@@ -14,10 +14,10 @@ import sys
 
 import pytest
 import torch
+from device import DEVICE, DTYPES, FINEST, ON_GPU, WIDEST, page_size
 from row_calls import assert_same, rows, run
 from strategies import (
     BLOCK,
-    DTYPES,
     SEGMENT,
     Problem,
     autograd,
@@ -41,7 +41,10 @@ FEATURES = {
     "causal": {"causal": True},
     "window": {"window_size": (100, 0)},
     "softcap": {"causal": True, "softcap": 5.0},
-    "alibi": {"causal": True, "alibi_slopes": torch.tensor([0.5, 0.01, 0.125, 0.002])},
+    "alibi": {
+        "causal": True,
+        "alibi_slopes": torch.tensor([0.5, 0.01, 0.125, 0.002], device=DEVICE),
+    },
 }
 PREFIX_FEATURES = [name for name in FEATURES if name != "plain"]  # no row looks ahead
 POISONS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf, "huge": 3e38, "zero": 0.0}
@@ -82,7 +85,7 @@ def test_keys_before_the_window_are_neutral(dtype):
 @pytest.mark.parametrize("feature", PREFIX_FEATURES)
 def test_later_rows_without_gradient_are_neutral(feature):
     """dq of a row ends with its own keys; a later query with dout = 0 adds nothing to dk and dv."""
-    problem = Problem((LONG,), (LONG,), 4, 2, 24, torch.float32)
+    problem = Problem((LONG,), (LONG,), 4, 2, 24, FINEST)
     tensors, dout = problem.dense(), problem.upstream_gradient(problem.dense()[0])
     dout[:, 600:] = 0.0
 
@@ -96,10 +99,10 @@ def test_later_rows_without_gradient_are_neutral(feature):
         assert all(torch.count_nonzero(x[:, end:]) == 0 for x in whole)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", sorted({WIDEST, torch.bfloat16}, key=str, reverse=True), ids=str)
 def test_a_zero_keeps_its_sign(dtype):
     """A product that underflows to -0 ends as +0, with and without masked keys behind it."""
-    q, k, v = (torch.zeros(1, SHORT, 1, 16, dtype=dtype) for _ in range(3))
+    q, k, v = (torch.zeros(1, SHORT, 1, 16, dtype=dtype, device=DEVICE) for _ in range(3))
     q[..., 0], k[:, 0, :, 0] = 1.0, 80.0  # key 0 weighs 1, key 1 about 1e-35
     v[:, 1], v[:, 2:] = -1e-30, 1.0
     dout = torch.full_like(v, 1e-30)
@@ -124,19 +127,20 @@ def poisoned(values, poison):
 def test_unused_bytes_reach_no_row(poison, dtype):
     """Page tails, spare pages, unused cache rows, left padding, neighbours in a pack."""
     lengths, s_q = (SEGMENT + 9, 3, 0, 70), 5
-    q = random_normal((4, s_q, 4, 24), seed=0).to(dtype)
-    parts = [[random_normal((n, 2, 24), seed=s).to(dtype) for n in lengths] for s in (1, 2)]
-    seqlens = torch.tensor(lengths, dtype=torch.int32)
+    on_device = {"dtype": dtype, "device": DEVICE}
+    q = random_normal((4, s_q, 4, 24), seed=0, **on_device)
+    parts = [[random_normal((n, 2, 24), seed=s, **on_device) for n in lengths] for s in (1, 2)]
+    seqlens = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
     fill = min(POISONS[poison], torch.finfo(dtype).max)
 
     def cache(pad, fill):
         caches = []
         for sequences in parts:
-            x = torch.full((4, 600, 2, 24), fill, dtype=dtype)
+            x = torch.full((4, 600, 2, 24), fill, **on_device)
             for b, keys in enumerate(sequences):
                 x[b, pad : pad + len(keys)] = keys
             caches.append(x)
-        leftpad = torch.full((4,), pad, dtype=torch.int32)
+        leftpad = torch.full_like(seqlens, pad)
         options = {"cache_seqlens": seqlens + pad, "cache_leftpad": leftpad if pad else None}
         return flash_attn_with_kvcache(q, *caches, causal=True, return_softmax_lse=True, **options)
 
@@ -144,8 +148,8 @@ def test_unused_bytes_reach_no_row(poison, dtype):
     assert expected[0][3].isfinite().all() and torch.count_nonzero(expected[0][3]) > 0
     assert_same(cache(0, fill), expected, "beside unused cache rows")
     assert_same(cache(11, fill), expected, "behind left padding")
-    for page in (1, 48):
-        table, num_pages = page_table(lengths, page, seed=page)
+    for page in (page_size(1), 48):
+        table, num_pages = page_table(lengths, page, seed=page, device=DEVICE)
         pages = [paged_rows(x, table, num_pages, page, fill=fill) for x in parts]
         paged = flash_attn_with_kvcache(
             q, *pages, cache_seqlens=seqlens, block_table=table, causal=True,
@@ -158,7 +162,7 @@ def test_unused_bytes_reach_no_row(poison, dtype):
             for sequences in parts
         )
         packed_q = torch.cat([x if n == b else poisoned(x, poison) for n, x in enumerate(q)])
-        cu_q, cu_k = cumulative_lengths([s_q] * 4), cumulative_lengths(lengths)
+        cu_q, cu_k = (cumulative_lengths(x, DEVICE) for x in ([s_q] * 4, lengths))
         out, lse, _ = flash_attn_varlen_func(
             packed_q, packed_k, packed_v, cu_q, cu_k, s_q, max(lengths), causal=True,
             return_attn_probs=True,
@@ -171,9 +175,9 @@ def test_unused_bytes_reach_no_row(poison, dtype):
 def test_gradients_beside_poisoned_sequences(poison):
     """dq, dk and dv of a sequence do not notice what its neighbours in the pack hold."""
     lengths = (SHORT, 130, 9)
-    problem = Problem(lengths, lengths, 4, 2, 24, torch.float32)
+    problem = Problem(lengths, lengths, 4, 2, 24, FINEST)
     tensors, dout = problem.packed(), problem.upstream_gradient(problem.packed()[0])
-    cu = cumulative_lengths(lengths)
+    cu = cumulative_lengths(lengths, DEVICE)
 
     def attend(q, k, v):
         return flash_attn_varlen_func(q, k, v, cu, cu, 130, 130, causal=True)
@@ -210,7 +214,7 @@ def test_rows_in_any_order(s_q, dtype):
 @pytest.mark.parametrize("stranger", [0.0, 1e4, math.inf, math.nan])
 def test_rows_among_strangers(stranger):
     """A row keeps its bytes when every other row and every other head is replaced, even by NaN."""
-    problem = Problem((30,), (SEGMENT + SHORT,), 6, 2, 24, torch.float32)
+    problem = Problem((30,), (SEGMENT + SHORT,), 6, 2, 24, FINEST)
     q, k, v = problem.dense()
     dout = problem.upstream_gradient(q)
     expected = run(q, k, v, causal=True)
@@ -267,6 +271,7 @@ def digest_of_everything():
     return digest.hexdigest()
 
 
+@pytest.mark.cpu_only
 def test_instruction_sets_agree():
     """generic, AVX2 and AVX-512 code give the same bytes, each in a process of its own."""
     digests = {}
@@ -287,6 +292,7 @@ def test_instruction_sets_agree():
     assert len(set(digests.values())) == 1, digests
 
 
+@pytest.mark.cpu_only
 def test_an_unknown_instruction_set_is_refused():
     """FLASH_ATTN_CPU_ISA is obeyed or refused: nothing falls back in silence."""
     program = (
@@ -300,10 +306,11 @@ def test_an_unknown_instruction_set_is_refused():
     assert "received FLASH_ATTN_CPU_ISA=sse9; rule: avx512, avx2 or generic" in result.stderr
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("feature", FEATURES)
 def test_threads_do_not_matter(feature):
     """1, 2, 3 and 5 threads: a prefill with gradients, and a decode that is cut into segments."""
-    problem = Problem((SHORT, SHORT), (LONG, LONG), 4, 2, 24, torch.float32)
+    problem = Problem((SHORT, SHORT), (LONG, LONG), 4, 2, 24, FINEST)
     q, k, v = (x.requires_grad_() for x in problem.dense())
     dout = problem.upstream_gradient(q)
     expected = None
@@ -318,6 +325,7 @@ def test_threads_do_not_matter(feature):
             assert_bitwise_equal(actual, first, f"result {n} on {threads} threads")
 
 
+@pytest.mark.cpu_only
 def test_flushing_subnormals_does_not_matter():
     """torch.set_flush_denormal(True) changes PyTorch's own products, and none of ours."""
     q, k, v = (torch.zeros(1, SHORT, 2, 16) for _ in range(3))
@@ -351,7 +359,8 @@ def test_flushing_subnormals_does_not_matter():
 
 def test_standard_mode_is_the_control():
     """Standard mode does depend on the batch, so the comparisons in this file can fail."""
-    q, k, v = Problem((1,) * 8, (LONG,) * 8, 2, 2, 32, torch.float32).dense()
+    b, s_k = (32, 4096) if ON_GPU else (8, LONG)  # a GPU that has room cuts a row into blocks
+    q, k, v = Problem((1,) * b, (s_k,) * b, 2, 2, 32, FINEST).dense()
     with deterministic(False):
         together, alone = run(q, k, v), run(q[:1], k[:1], v[:1])
     assert not bitwise_equal(together[0][:1], alone[0])

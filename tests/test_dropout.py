@@ -8,10 +8,10 @@ import math
 
 import pytest
 import torch
+from device import DEVICE, DTYPES, FINEST, ON_GPU
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import (
-    DTYPES,
     RICH_DENSE,
     RICH_PACKS,
     SCORE_NOISE,
@@ -37,10 +37,14 @@ SMALL_BUDGET = 1 << 21  # autograd through the reference keeps several fp64 copi
 PROBABILITIES = st.sampled_from([0.1, 0.17, 0.5, 0.9])
 
 
+def zeros(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=FINEST, device=DEVICE)
+
+
 def mask_of(b=1, s_q=64, s_k=64, h=1, dropout_p=0.5, seed=0, **options):
     """The keep mask, bool (b, h, s_q, s_k); with q = 0 every |S| is 1, so that no sign is lost."""
     torch.manual_seed(seed)
-    q, kv = torch.zeros(b, s_q, h, 8), torch.zeros(b, s_k, h, 8)
+    q, kv = zeros(b, s_q, h, 8), zeros(b, s_k, h, 8)
     s_dmask = flash_attn_func(q, kv, kv, dropout_p, return_attn_probs=True, **options)[2]
     assert set(s_dmask[:, :, :s_q, :s_k].abs().unique().tolist()) <= {0.0, 1.0}
     return s_dmask[:, :, :s_q, :s_k] > 0
@@ -97,7 +101,7 @@ def test_neighbours_are_independent():
 
 def test_consecutive_calls_are_independent():
     """A second call takes new numbers from the generator."""
-    q = torch.zeros(1, 300, 1, 8)
+    q = zeros(1, 300, 1, 8)
     torch.manual_seed(0)
     first, second = (flash_attn_func(q, q, q, 0.3, return_attn_probs=True)[2] > 0 for _ in "12")
     assert not torch.equal(first, second)
@@ -129,18 +133,17 @@ def test_mask_depends_on_positions_only(options):
     large = mask_of(b=3, s_q=333, s_k=700, h=2)
     assert torch.equal(small[0], large[0, :, :100, :130])
     masked = mask_of(b=3, s_q=333, s_k=700, h=2, **options)
-    seen = visible_keys(
-        333, 700, options.get("causal", False), options.get("window_size", (-1, -1))
-    )
+    window = options.get("window_size", (-1, -1))
+    seen = visible_keys(333, 700, options.get("causal", False), window, DEVICE)
     assert torch.equal(masked & seen, large & seen)
 
 
 def test_varlen_has_the_mask_of_dense():
     """Positions count from the sequence's own start, so a pack draws what a dense batch draws."""
     lengths = (90, 17, 200)
-    q = torch.zeros(sum(lengths), 2, 8)
+    q = zeros(sum(lengths), 2, 8)
     torch.manual_seed(3)
-    cu = cumulative_lengths(lengths)
+    cu = cumulative_lengths(lengths, DEVICE)
     packed = flash_attn_varlen_func(q, q, q, cu, cu, 200, 200, 0.5, return_attn_probs=True)[2]
     dense = mask_of(b=3, s_q=200, s_k=200, h=2, seed=3)
     for b, length in enumerate(lengths):
@@ -148,6 +151,7 @@ def test_varlen_has_the_mask_of_dense():
         assert torch.equal(packed[corner] > 0, dense[corner])
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("threads", [2, 3, 5])
 def test_threads_and_mode_do_not_move_the_mask(threads):
     """S_dmask has the same bytes for any number of threads and in both modes."""
@@ -170,11 +174,12 @@ def test_threads_and_mode_do_not_move_the_mask(threads):
 
 def test_generator_is_only_used_with_dropout():
     """dropout_p = 0 draws nothing; with dropout every call advances the generator equally."""
-    q, k, v = Problem((5,), (70,), 2, 2, 16, torch.float32).dense()
+    q, k, v = Problem((5,), (70,), 2, 2, 16, FINEST).dense()
+    generator_state = torch.cuda.get_rng_state if ON_GPU else torch.get_rng_state
     torch.manual_seed(0)
-    before = torch.get_rng_state()
+    before = generator_state()
     flash_attn_func(q, k, v)
-    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(generator_state(), before)
     draws = []
     for _ in range(2):
         torch.manual_seed(0)
@@ -200,11 +205,11 @@ def test_s_dmask_renormalises_to_the_softmax(dtype, options):
     s_dmask = flash_attn_func(q, k, v, 0.17, return_attn_probs=True, **options)[2]
     assert s_dmask.shape == (2, 4, 256, 256) and s_dmask.dtype == dtype
     assert _get_block_size_n(q.device, 32, True, problem.causal) >= 200  # one block: one maximum
-    seen = visible_keys(150, 200, problem.causal, problem.window_size)
+    seen = visible_keys(150, 200, problem.causal, problem.window_size, DEVICE)
     weights = s_dmask[:, :, :150, :200].double().abs().masked_fill(~seen, 0.0)
     assert torch.equal(weights.amax(-1), seen.any(-1).double().expand(2, 4, 150))
     # Attending to the unit vectors reads the softmax itself out of the reference.
-    unit = torch.eye(200)[None, :, None].expand(2, 200, 2, 200)
+    unit = torch.eye(200, device=DEVICE)[None, :, None].expand(2, 200, 2, 200)
     truth, _ = attention(q, k, unit, softmax_scale=32**-0.5, **options)
     softmax = weights / weights.sum(-1, keepdim=True).clamp_min(1.0)
     error = (softmax.transpose(1, 2) - truth).abs().max().item()
@@ -247,7 +252,7 @@ def test_dense_under_its_mask(problem: Problem, dropout_p: float):
 def test_varlen_under_its_mask(problem: Problem, dropout_p: float):
     """The same for packs; S_dmask is (b, h_q, round_up(max_q, 128), round_up(max_k, 128))."""
     tensors, options = problem.packed(), problem.options()
-    cu_q, cu_k = cumulative_lengths(problem.lengths_q), cumulative_lengths(problem.lengths_k)
+    cu_q, cu_k = problem.cu_seqlens()
     leaves = [x.detach().requires_grad_() for x in tensors]
     extents = (max(problem.lengths_q), max(problem.lengths_k))
     torch.manual_seed(problem.seed)
@@ -274,8 +279,8 @@ def test_varlen_under_its_mask(problem: Problem, dropout_p: float):
 
 def test_kept_weights_are_scaled():
     """One key: a row is v / (1 - p) where it is kept and exactly zero where it is dropped."""
-    v = random_normal((1, 1, 2, 16), seed=0)
-    q = torch.zeros(1, 400, 2, 16)
+    v = random_normal((1, 1, 2, 16), seed=0, dtype=FINEST, device=DEVICE)
+    q = zeros(1, 400, 2, 16)
     torch.manual_seed(0)
     out, lse, s_dmask = flash_attn_func(q, v, v, 0.25, return_attn_probs=True)
     keep = (s_dmask[:, :, :400, :1] > 0).transpose(1, 2)  # (1, 400, 2, 1)
@@ -286,8 +291,8 @@ def test_kept_weights_are_scaled():
 
 def test_backward_replays_the_forward_mask():
     """Whatever was drawn in between, and however late, backward drops what its forward dropped."""
-    q, k, v = (x.requires_grad_() for x in Problem((70,), (130,), 2, 1, 16, torch.float32).dense())
-    dout = random_normal(q.shape, seed=5)
+    q, k, v = (x.requires_grad_() for x in Problem((70,), (130,), 2, 1, 16, FINEST).dense())
+    dout = random_normal(q.shape, seed=5, dtype=FINEST, device=DEVICE)
     torch.manual_seed(0)
     prompt = torch.autograd.grad(flash_attn_func(q, k, v, 0.3), (q, k, v), dout)
     torch.manual_seed(0)
@@ -302,8 +307,8 @@ def test_backward_replays_the_forward_mask():
 
 def test_low_level_backward_takes_rng_state():
     """Another rng_state gives other gradients; without dropout it may be None."""
-    q, k, v = Problem((70,), (130,), 2, 2, 16, torch.float32).dense()
-    dout = random_normal(q.shape, seed=5)
+    q, k, v = Problem((70,), (130,), 2, 2, 16, FINEST).dense()
+    dout = random_normal(q.shape, seed=5, dtype=FINEST, device=DEVICE)
 
     def backward(out, lse, dropout_p, rng_state):
         grads = [torch.empty_like(x) for x in (q, k, v)]
@@ -323,7 +328,7 @@ def test_low_level_backward_takes_rng_state():
 
 @pytest.mark.parametrize("dropout_p", [0.1, 0.9, 0.99])
 def test_the_scale_of_kept_weights_is_rounded_once(dropout_p):
-    """A kept weight of one is 1 / (1 - p) to the last bit of float32."""
-    q, v = torch.zeros(1, 400, 1, 8), torch.ones(1, 1, 1, 8)
-    kept = flash_attn_func(q, v, v, dropout_p).max()
-    assert kept == torch.tensor(1.0 / (1.0 - dropout_p), dtype=torch.float32)
+    """A kept weight of one is 1 / (1 - p) to the last bit."""
+    q, v = zeros(1, 400, 1, 8), zeros(1, 1, 1, 8) + 1
+    kept = flash_attn_func(q, v, v, dropout_p).max().cpu()
+    assert kept == torch.tensor(1.0 / (1.0 - dropout_p), dtype=FINEST)

@@ -13,6 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
+from device import DEVICE, DTYPES
 
 import flash_attn_2_cuda
 from flash_attn import (
@@ -27,6 +28,8 @@ from flash_attn import (
 )
 from flash_attn.flash_attn_interface import _flash_attn_forward
 from flash_attn.testing import assert_bitwise_equal
+
+pytestmark = pytest.mark.usefixtures("contents_are_checked")
 
 
 class Function(NamedTuple):
@@ -65,16 +68,21 @@ def assert_refused(case: Case) -> None:
     assert case.what in parts[1], message
     assert case.received in parts[2], message
     for name, value in before.items():
-        if isinstance(value, torch.Tensor) and value.device.type == "cpu":
+        if isinstance(value, torch.Tensor) and value.device.type != "meta":
             assert_bitwise_equal(arguments[name], value, name)
 
 
 def half(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
-    return torch.full(shape, 0.5, dtype=dtype)
+    return torch.full(shape, 0.5, dtype=dtype, device=DEVICE)
+
+
+def ones(*shape: int) -> torch.Tensor:
+    """fp32, as ALiBi slopes are."""
+    return torch.ones(shape, device=DEVICE)
 
 
 def ints(*values: Any) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32)
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
 
 def both(kv: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -156,12 +164,12 @@ WINDOWS = [
 ALIBI_SHAPE = "alibi_slopes must have shape (h_q) or (b, h_q)"
 ALIBI = [
     ("dtype", half(4), "ALiBi slopes must have dtype fp32", "torch.float16"),
-    ("heads", torch.ones(3), ALIBI_SHAPE, "(3,)"),
-    ("batch", torch.ones(1, 4), ALIBI_SHAPE, "(1, 4)"),
-    ("rank", torch.ones(2, 4, 1), ALIBI_SHAPE, "(2, 4, 1)"),
+    ("heads", ones(3), ALIBI_SHAPE, "(3,)"),
+    ("batch", ones(1, 4), ALIBI_SHAPE, "(1, 4)"),
+    ("rank", ones(2, 4, 1), ALIBI_SHAPE, "(2, 4, 1)"),
     (
         "stride",
-        torch.ones(4, 2).t(),
+        ones(4, 2).t(),
         "ALiBi slopes tensor must have contiguous last dimension",
         "strides (1, 2)",
     ),
@@ -234,14 +242,19 @@ DENSE_CASES = [Case(dense, *row) for row in DENSE] + [
 
 
 # ---- Devices -------------------------------------------------------------------------------------
-# Without a GPU, a tensor without memory stands for one elsewhere; PyTorch would answer a call with
-# such tensors itself (that is how it infers shapes), so the rules are asked directly.
+# A tensor without memory stands for one elsewhere; PyTorch would answer a call with such tensors
+# itself (that is how it infers shapes), so the rules are asked directly.
 
 
 def check_old_gpu(**arguments: Any) -> None:
     with mock.patch.multiple(
         torch.cuda, is_available=lambda: True, get_device_capability=lambda device: (7, 5)
     ):
+        _checks.check_device(**arguments)
+
+
+def check_without_gpu(**arguments: Any) -> None:
+    with mock.patch.object(torch.cuda, "is_available", lambda: False):
         _checks.check_device(**arguments)
 
 
@@ -255,19 +268,31 @@ DENSE_OPTIONS = {
     "return_softmax": False,
 }
 check_dense = Function("check_dense", _checks.check_dense, dense.arguments | DENSE_OPTIONS)
-check_device = Function("check_device", _checks.check_device, {"wanted": torch.device("cpu")})
+check_device = Function("check_device", check_without_gpu, {"wanted": torch.device("cpu")})
 old_gpu = Function("old_gpu", check_old_gpu, {"wanted": torch.device("cuda:1")})
 page = Function("page", _check_rules.page, {"size": 256, "on": torch.device("cuda")})
 dtype = Function("dtype", _check_rules.dtype, {"wanted": torch.half, "on": torch.device("cuda")})
 NO_CUDA = "this installation holds no CUDA kernels"
-PAGE_RULE = "Paged KV cache block size must be divisible by 256"
+PAGE_RULE = "Paged KV cache block size must be divisible by 16"
 
 DEVICE_CASES = [
     Case(check_device, "cuda", {"wanted": torch.device("cuda:0")}, NO_CUDA, "a tensor on cuda:0"),
     Case(old_gpu, "sm_75", {}, "only supports Ampere GPUs or newer", "cuda:1 of capability (7, 5)"),
     Case(check_dense, "all_meta", {"q": Q.to("meta")} | both(META_KV), "no META kernels", "meta"),
-    Case(check_dense, "k", {"k": META_KV}, "k is not on the device of q", "q on cpu, k on meta"),
-    Case(check_dense, "v", {"v": META_KV}, "v is not on the device of q", "q on cpu, v on meta"),
+    Case(
+        check_dense,
+        "k",
+        {"k": META_KV},
+        "k is not on the device of q",
+        f"q on {Q.device}, k on meta",
+    ),
+    Case(
+        check_dense,
+        "v",
+        {"v": META_KV},
+        "v is not on the device of q",
+        f"q on {Q.device}, v on meta",
+    ),
     Case(
         check_dense,
         "alibi",
@@ -275,7 +300,7 @@ DEVICE_CASES = [
         "alibi_slopes is not on the device of q",
         "alibi_slopes on meta",
     ),
-    Case(page, "cuda_128", {"size": 128}, PAGE_RULE, "page size 128 on cuda"),
+    Case(page, "cuda_24", {"size": 24}, PAGE_RULE, "page size 24 on cuda"),
     Case(dtype, "cuda_fp32", {"wanted": torch.float32}, DTYPE, "torch.float32 on cuda"),
 ]
 
@@ -295,10 +320,7 @@ CONTROLS = [
         Case(function, "unchanged", {})
         for function in (*PUBLIC, forward, raw, check_dense, page, dtype)
     ),
-    *(
-        Case(dense, str(dtype), {"q": Q.to(dtype)} | both(KV.to(dtype)))
-        for dtype in (torch.float16, torch.bfloat16, torch.float32)
-    ),
+    *(Case(dense, str(dtype), {"q": Q.to(dtype)} | both(KV.to(dtype))) for dtype in DTYPES),
     Case(dense, "d_256", of_d(256)),
     Case(dense, "d_1", of_d(1)),
     Case(dense, "last_stride", {"q": half(2, 5, 16, 4).mT} | both(half(2, 7, 16, 2).mT)),
@@ -311,8 +333,8 @@ CONTROLS = [
     Case(dense, "window_list", {"window_size": [3, 0]}),
     Case(dense, "window_tensor", {"window_size": torch.tensor([3, 0])}),
     Case(dense, "window_of_tensors", {"window_size": (ints(3)[0], ints(0)[0])}),
-    Case(dense, "alibi_heads", {"alibi_slopes": torch.ones(4)}),
-    Case(dense, "alibi_batch", {"alibi_slopes": torch.ones(2, 4)}),
+    Case(dense, "alibi_heads", {"alibi_slopes": ones(4)}),
+    Case(dense, "alibi_batch", {"alibi_slopes": ones(2, 4)}),
     Case(page, "cpu_1", {"size": 1, "on": torch.device("cpu")}),
 ]
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from device import DEVICE, page_size
 from test_errors import (
     BATCH,
     CU,
@@ -20,6 +21,7 @@ from test_errors import (
     by_id,
     half,
     ints,
+    ones,
 )
 
 from flash_attn import (
@@ -28,6 +30,8 @@ from flash_attn import (
     flash_attn_varlen_func,
 )
 from flash_attn.flash_attn_interface import _flash_attn_backward, _flash_attn_varlen_backward
+
+pytestmark = pytest.mark.usefixtures("contents_are_checked")
 
 OPTIONS = {
     "dropout_p": 0.0,
@@ -42,23 +46,28 @@ OPTIONS = {
 }
 
 
+def zeros(*shape: int) -> torch.Tensor:
+    """fp32, as lse and partials are."""
+    return torch.zeros(shape, device=DEVICE)
+
+
 def saved(q: torch.Tensor, kv: torch.Tensor, lse: torch.Tensor) -> dict[str, torch.Tensor]:
     """What a backward takes; the buffers for gradients hold a value that no refusal may change."""
     buffers = {"dq": q + 7, "dk": kv + 7, "dv": kv + 7}
     return {"dout": q, "q": q, "k": kv, "v": kv, "out": q, "softmax_lse": lse} | buffers
 
 
-dense = Function("dense", _flash_attn_backward, saved(Q, KV, torch.zeros(2, 4, 5)) | OPTIONS)
+dense = Function("dense", _flash_attn_backward, saved(Q, KV, zeros(2, 4, 5)) | OPTIONS)
 varlen = Function(
     "varlen",
     _flash_attn_varlen_backward,
-    saved(PACKED_Q, PACKED_KV, torch.zeros(4, 10)) | CU | MAX | OPTIONS,
+    saved(PACKED_Q, PACKED_KV, zeros(4, 10)) | CU | MAX | OPTIONS,
 )
 
 RNG = "rng_state must be passed to a backward with dropout"
 MAX_D = "FlashAttention backward only supports head dimension at most 256"
-OF_D_264 = saved(half(2, 5, 4, 264), half(2, 7, 2, 264), torch.zeros(2, 4, 5))
-OF_D_12 = saved(half(2, 5, 4, 12), half(2, 7, 2, 12), torch.zeros(2, 4, 5))
+OF_D_264 = saved(half(2, 5, 4, 264), half(2, 7, 2, 264), zeros(2, 4, 5))
+OF_D_12 = saved(half(2, 5, 4, 12), half(2, 7, 2, 12), zeros(2, 4, 5))
 
 
 def like_cases(function: Function, name: str, shape_of: str) -> list[Case]:
@@ -85,7 +94,7 @@ SHARED = [
         ),
         Case(function, "no_rng_state", {"dropout_p": 0.5}, RNG, "rng_state=None, dropout_p=0.5"),
         Case(function, "rng_dtype", {"rng_state": ints(1, 2)}, "must have dtype int64", "int32"),
-        Case(function, "rng_shape", {"rng_state": torch.ones(3).long()}, "must have shape", "(3,)"),
+        Case(function, "rng_shape", {"rng_state": ones(3).long()}, "must have shape", "(3,)"),
         Case(
             function,
             "lse_dtype",
@@ -96,7 +105,7 @@ SHARED = [
         Case(
             function,
             "alibi",
-            {"alibi_slopes": torch.ones(3)},
+            {"alibi_slopes": ones(3)},
             "alibi_slopes must have shape (h_q) or (b, h_q)",
             "(3,)",
         ),
@@ -104,14 +113,14 @@ SHARED = [
     )
 ]
 DENSE = [
-    ("lse", {"softmax_lse": torch.zeros(2, 5, 4)}, "shape (b, h_q, s_q)", "(2, 5, 4)"),
+    ("lse", {"softmax_lse": zeros(2, 5, 4)}, "shape (b, h_q, s_q)", "(2, 5, 4)"),
     ("k_batch", both(half(3, 7, 2, 16)), "k must have shape (b, s_k, h_kv, d)", "(3, 7, 2, 16)"),
     ("heads", both(half(2, 7, 3, 16)), HEADS, "h_q=4, h_kv=3"),
     ("d_12", OF_D_12, "head_size should be a multiple of 8", "d=12"),
     ("d_264", OF_D_264, MAX_D, "d=264"),
 ]
 VARLEN = [
-    ("lse", {"softmax_lse": torch.zeros(10, 4)}, "shape (h_q, total_q)", "(10, 4)"),
+    ("lse", {"softmax_lse": zeros(10, 4)}, "shape (h_q, total_q)", "(10, 4)"),
     ("cu_int64", {"cu_seqlens_q": ints(0, 5, 8).long()}, "must have dtype int32", "torch.int64"),
     ("cu_k", {"cu_seqlens_k": ints(0, 9)}, "cu_seqlens_k must have shape (b + 1)", "(2,)"),
     ("decreasing", {"cu_seqlens_q": ints(0, 5, 3)}, "cu_seqlens_q must not decrease", "[5, 3]"),
@@ -122,8 +131,8 @@ VARLEN = [
 ]
 
 # Partials of two segments, dense (b=2, s_q=5, h_q=4, d=16).
-REDUCED = {"out": torch.zeros(2, 2, 5, 4, 16), "dtype": torch.float16} | {
-    name: torch.zeros(2, 2, 4, 5) for name in ("max_log2", "sum")
+REDUCED = {"out": zeros(2, 2, 5, 4, 16), "dtype": torch.float16} | {
+    name: zeros(2, 2, 4, 5) for name in ("max_log2", "sum")
 }
 
 
@@ -135,11 +144,11 @@ partials = Function("partials", reduce, REDUCED)
 PARTIALS = [
     ("dtype", {"dtype": torch.int32}, DTYPE, "torch.int32"),
     ("out_fp16", {"out": half(2, 2, 5, 4, 16)}, "partials.out must have dtype fp32", "float16"),
-    ("sum_fp64", {"sum": torch.zeros(2, 2, 4, 5).double()}, "partials.sum", "torch.float64"),
-    ("rank", {"out": torch.zeros(5, 4, 16)}, "partials.out must have shape (n, b", "(5, 4, 16)"),
-    ("order", {"max_log2": torch.zeros(2, 2, 5, 4)}, "(n, b, h_q, s_q)", "(2, 2, 5, 4)"),
-    ("segments", {"sum": torch.zeros(1, 2, 4, 5)}, "partials.sum must have shape", "(1, 2, 4, 5)"),
-    ("packed", {"out": torch.zeros(2, 5, 4, 16)}, "(n, h_q, total_q)", "(2, 2, 4, 5)"),
+    ("sum_fp64", {"sum": zeros(2, 2, 4, 5).double()}, "partials.sum", "torch.float64"),
+    ("rank", {"out": zeros(5, 4, 16)}, "partials.out must have shape (n, b", "(5, 4, 16)"),
+    ("order", {"max_log2": zeros(2, 2, 5, 4)}, "(n, b, h_q, s_q)", "(2, 2, 5, 4)"),
+    ("segments", {"sum": zeros(1, 2, 4, 5)}, "partials.sum must have shape", "(1, 2, 4, 5)"),
+    ("packed", {"out": zeros(2, 5, 4, 16)}, "(n, h_q, total_q)", "(2, 2, 4, 5)"),
 ]
 
 dense_partials = Function("forward_partials", determinism.forward_partials, {"q": Q} | both(KV))
@@ -161,7 +170,7 @@ def there_and_back(**arguments: torch.Tensor) -> None:
 
 
 round_trip = Function("round_trip", there_and_back, {"q": PACKED_Q} | both(PACKED_KV) | CU | MAX)
-PAGED = both(half(6, 4, 2, 16)) | {"block_table": ints([5, 0, 3], [1, 2, 4])}
+PAGED = both(half(6, page_size(4), 2, 16)) | {"block_table": ints([5, 0, 3], [1, 2, 4])}
 NO_BACKWARD = "the backward pass does not support this forward pass"
 
 # A tensor without memory stands for one on another device; see test_errors.py.
@@ -170,12 +179,12 @@ CHECK_OPTIONS = {
     "softmax_scale": 0.25,
     "softcap": 0.0,
     "alibi_slopes": None,
-    "rng_state": torch.zeros(2).long(),
+    "rng_state": zeros(2).long(),
 }
 check_dense = Function(
     "check_backward",
     _checks.check_backward,
-    saved(Q, KV, torch.zeros(2, 4, 5)) | CHECK_OPTIONS,
+    saved(Q, KV, zeros(2, 4, 5)) | CHECK_OPTIONS,
 )
 DEVICES = [
     Case(check_dense, name, {name: x.to("meta")}, f"{name} is not on the device of q", "on meta")
@@ -209,18 +218,18 @@ CONTROLS = [
         Case(function, id, changes)
         for function in (dense, varlen)
         for id, changes in (
-            ("dropout", {"dropout_p": 0.5, "rng_state": torch.tensor([1, 2])}),
+            ("dropout", {"dropout_p": 0.5, "rng_state": ints(1, 2).long()}),
             ("no_buffers", {"dq": None, "dk": None, "dv": None}),
             ("strided_dout", {"dout": function.arguments["dout"].mT.contiguous().mT}),
             ("strided_dq", {"dq": function.arguments["dq"].mT.contiguous().mT}),
             ("strided_lse", {"softmax_lse": function.arguments["softmax_lse"].mT.contiguous().mT}),
         )
     ),
-    Case(dense, "d_256", saved(half(2, 5, 4, 256), half(2, 7, 2, 256), torch.zeros(2, 4, 5))),
+    Case(dense, "d_256", saved(half(2, 5, 4, 256), half(2, 7, 2, 256), zeros(2, 4, 5))),
     Case(
         partials,
         "packed",
-        {"out": torch.zeros(1, 5, 4, 16)} | {n: torch.zeros(1, 4, 5) for n in ("max_log2", "sum")},
+        {"out": zeros(1, 5, 4, 16)} | {n: zeros(1, 4, 5) for n in ("max_log2", "sum")},
     ),
 ]
 

@@ -4,6 +4,7 @@ import ast
 import inspect
 import traceback
 
+import pytest
 import test_errors
 import test_errors_backward
 import test_errors_kvcache
@@ -31,6 +32,8 @@ def line_that_refuses(case: test_errors.Case) -> int:
     raise AssertionError(f"{case.id} was accepted")
 
 
+@pytest.mark.cpu_only
+@pytest.mark.usefixtures("contents_are_checked")
 def test_every_message_has_a_case():
     """A rule added without a case of its own fails here, with its line."""
     reached = {line_that_refuses(case) for file in FILES for case in file.CASES}

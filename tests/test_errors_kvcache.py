@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from device import DEVICE, page_size
 from test_errors import (
     ALIBI,
     BATCH,
@@ -22,16 +23,22 @@ from test_errors import (
     by_id,
     half,
     ints,
+    ones,
 )
 from test_errors_varlen import index_cases
 
 from flash_attn import _checks, determinism, flash_attn_with_kvcache
 from flash_attn.testing import assert_bitwise_equal
 
+pytestmark = pytest.mark.usefixtures("contents_are_checked")
+
 # b = 2, s_q = 3, h_q = 4, h_kv = 2, d = 32. Three rows of 20 keys, of which 4 and 10 are in use,
-# and 2 new keys. Paged: six pages of 4 keys, three a sequence (capacity 12), 4 and 9 keys in use.
+# and 2 new keys. Paged: six pages of 4 keys, three a sequence (capacity 12), 4 and 9 keys in use;
+# on a GPU four times as many of each.
+X = page_size(4) // 4
 Q, NEW = half(2, 3, 4, 32), half(2, 2, 2, 32)
-CACHE, PAGES = torch.randn(3, 20, 2, 32).half(), torch.randn(6, 4, 2, 32).half()
+CACHE = torch.randn(3, 20, 2, 32).half().to(DEVICE)
+PAGES = torch.randn(6, 4 * X, 2, 32).half().to(DEVICE)
 TABLE = ints([5, 0, 3], [1, 2, 4])
 APPEND = {"k": NEW, "v": NEW}
 ROTARY = {"rotary_cos": half(20, 8), "rotary_sin": half(20, 8)}
@@ -47,7 +54,9 @@ def in_deterministic_mode(**arguments: Any) -> torch.Tensor:
 
 
 ARGUMENTS = {"q": Q, "cache_seqlens": ints(4, 10)} | caches(CACHE)
-PAGED_ARGUMENTS = {"q": Q, "cache_seqlens": ints(4, 9), "block_table": TABLE} | caches(PAGES)
+PAGED_ARGUMENTS = {"q": Q, "cache_seqlens": ints(4 * X, 9 * X), "block_table": TABLE} | caches(
+    PAGES
+)
 decode = Function("decode", flash_attn_with_kvcache, ARGUMENTS)
 append = Function("append", flash_attn_with_kvcache, ARGUMENTS | APPEND)
 rotated = Function("rotated", flash_attn_with_kvcache, ARGUMENTS | APPEND | ROTARY)
@@ -66,7 +75,7 @@ ANY_CALL = [
     ("splits_-1", {"num_splits": -1}, "num_splits must not be negative", "num_splits=-1"),
     *((f"window_{i}", changes, *text) for i, (changes, *text) in enumerate(WINDOWS)),
     *((f"alibi_{id}", {"alibi_slopes": slopes}, *text) for id, slopes, *text in ALIBI),
-    ("q_dtype", {"q": Q.float()}, SAME_KEY, "q of torch.float32, k_cache of torch.float16"),
+    ("q_dtype", {"q": Q.bfloat16()}, SAME_KEY, "q of torch.bfloat16, k_cache of torch.float16"),
     ("v_cache_dtype", {"v_cache": CACHE.float()}, SAME_VALUE, "v_cache of torch.float32"),
     ("fp64", {"q": Q.double()} | caches(CACHE.double()), DTYPE, "torch.float64"),
     ("q_rank", {"q": half(3, 4, 32)}, "q must have shape (b, s_q, h_q, d)", "(3, 4, 32)"),
@@ -178,9 +187,9 @@ ONE_PLACE = "makes sequences append to one place"
 PAGED = [
     (
         "past_table",
-        {"cache_seqlens": ints(4, 11)},
+        {"cache_seqlens": ints(4, 12 * X - 1)},
         "past the end of block_table",
-        "[1] = 11, s_new",
+        f"[1] = {12 * X - 1}, s_new",
     ),
     ("page", {"block_table": ints([5, 6, 3], [1, 2, 4])}, BAD_PAGE, "block_table[0, 1] = 6"),
     ("new_page", {"block_table": ints([5, 9, 3], [1, 2, 4])}, BAD_PAGE, "block_table[0, 1] = 9"),
@@ -188,7 +197,7 @@ PAGED = [
     (
         "page_size_0",
         caches(half(6, 0, 2, 32)),
-        "Paged KV cache block size must be divisible by 256",
+        "Paged KV cache block size must be divisible by 16",
         "page size 0",
     ),
     (
@@ -204,7 +213,12 @@ PAGED = [
         "block_table and left padding",
     ),
     ("cache_rank", caches(half(24, 2, 32)), "shape (num_blocks, page_size, h_kv", "(24, 2, 32)"),
-    ("int_past", {"cache_seqlens": 11}, "runs past the end of block_table", "capacity=12"),
+    (
+        "int_past",
+        {"cache_seqlens": 12 * X - 1},
+        "runs past the end of block_table",
+        f"capacity={12 * X}",
+    ),
 ]
 STRICT_CASES = [
     Case(
@@ -217,16 +231,16 @@ STRICT_CASES = [
     Case(
         strict_paged,
         "one_page",  # both write rows 1 and 2 of page 2
-        {"block_table": ints([5, 2, 3], [1, 2, 4]), "cache_seqlens": ints(5, 5)},
+        {"block_table": ints([5, 2, 3], [1, 2, 4]), "cache_seqlens": ints(5 * X, 5 * X)},
         f"block_table {ONE_PLACE}",
-        "row 9 of the cache 2 times",
+        f"row {9 * X} of the cache 2 times",
     ),
     Case(
         strict_paged,
         "one_page_int",
-        {"block_table": ints([5, 2, 3], [1, 2, 4]), "cache_seqlens": 5},
+        {"block_table": ints([5, 2, 3], [1, 2, 4]), "cache_seqlens": 5 * X},
         f"block_table {ONE_PLACE}",
-        "row 9 of the cache 2 times",
+        f"row {9 * X} of the cache 2 times",
     ),
 ]
 
@@ -237,7 +251,7 @@ OPTIONS = {
     "block_table": None,
     "softmax_scale": 0.25,
     "softcap": 0.0,
-    "alibi_slopes": torch.ones(4),
+    "alibi_slopes": ones(4),
     "num_splits": 0,
 }
 check_kvcache = Function(
@@ -272,7 +286,7 @@ def test_refused(case: Case):
 # ---- Controls ------------------------------------------------------------------------------------
 
 EVERY = (decode, append, rotated, paged, strict, strict_paged, check_kvcache)
-SINGLES = torch.arange(60).int().reshape(2, 30)  # pages of one key
+SINGLES = torch.arange(60, dtype=torch.int32, device=DEVICE).reshape(2, 30)
 CONTROLS = [
     *(Case(function, "unchanged", {}) for function in EVERY),
     Case(decode, "full", {"cache_seqlens": ints(20, 0)}),
@@ -293,9 +307,13 @@ CONTROLS = [
     Case(rotated, "causal_to_the_end", {"cache_seqlens": ints(4, 17), "causal": True}),
     # Without a mask all queries are rotated to cache_seqlens, here 18.
     Case(rotated, "to_the_end", {"cache_seqlens": ints(4, 18)}),
-    Case(paged, "to_the_end", {"cache_seqlens": ints(4, 10)}),
+    Case(paged, "to_the_end", {"cache_seqlens": ints(4, 12 * X - 2)}),
     Case(paged, "unused_pages", {"block_table": ints([5, 0, -1], [1, 2, 4])}),
-    Case(paged, "page_size_1", caches(CACHE.reshape(60, 1, 2, 32)) | {"block_table": SINGLES}),
+    Case(
+        paged,
+        "smallest_pages",
+        caches(half(60, page_size(1), 2, 32) + 1) | {"block_table": SINGLES},
+    ),
     Case(strict, "rows", {"cache_batch_idx": ints(2, 0)}),
     # Sharing pages of a common prefix is fine, as long as each appends to pages of its own.
     Case(strict_paged, "prefix", {"block_table": ints([5, 0, 3], [5, 2, 4])}),

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from device import page_size
 from test_errors import (
     BATCH,
     CU,
@@ -24,6 +25,7 @@ from test_errors import (
     by_id,
     half,
     ints,
+    ones,
     varlen,
     varlen_kvpacked,
     varlen_qkvpacked,
@@ -33,14 +35,21 @@ from flash_attn import _checks, flash_attn_varlen_func
 from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 from flash_attn.testing import assert_bitwise_equal
 
-# Six pages of four keys; three pages a sequence make a capacity of 12. Lengths 7 and 2 use two
-# pages and one.
-PAGES = half(6, 4, 2, 16)
+pytestmark = pytest.mark.usefixtures("contents_are_checked")
+
+# Six pages of four keys (on a GPU, of four times as many keys, here and below); three pages a
+# sequence make a capacity of 12. Lengths 7 and 2 use two pages and one.
+X = page_size(4) // 4
+PAGES = half(6, 4 * X, 2, 16)
 TABLE = ints([5, 0, 3], [1, 2, 4])
 TWO_PAGES = {"block_table": ints([5, 0], [1, 2])}
 
 paged = Function(
-    "paged", flash_attn_varlen_func, varlen.arguments | both(PAGES) | {"block_table": TABLE}
+    "paged",
+    flash_attn_varlen_func,
+    varlen.arguments
+    | both(PAGES)
+    | {"block_table": TABLE, "cu_seqlens_k": ints(0, 7 * X, 9 * X), "max_seqlen_k": 7 * X},
 )
 forward = Function("forward", _flash_attn_varlen_forward, varlen.arguments | LOW_LEVEL)
 paged_forward = Function("paged_forward", _flash_attn_varlen_forward, paged.arguments | LOW_LEVEL)
@@ -148,7 +157,7 @@ PAGED_ROWS = [
     (
         "page_size_0",
         both(half(6, 0, 2, 16)),
-        "Paged KV cache block size must be divisible by 256",
+        "Paged KV cache block size must be divisible by 16",
         "page size 0",
     ),
     ("k_rank", both(PACKED_KV), "k must have shape (num_blocks, page_size, h_kv", "(11, 2, 16)"),
@@ -156,28 +165,28 @@ PAGED_ROWS = [
     ("negative", {"block_table": ints([5, 0, 3], [-1, 2, 4])}, BAD_PAGE, "block_table[1, 0] = -1"),
     (
         "used_page",
-        {"block_table": ints([5, 0, -1], [1, 9, 4]), "seqused_k": ints(7, 5)},
+        {"block_table": ints([5, 0, -1], [1, 9, 4]), "seqused_k": ints(7 * X, 5 * X)},
         BAD_PAGE,
         "block_table[1, 1] = 9",
     ),
     (
         "decreasing",
-        {"cu_seqlens_k": ints(9, 12, 9)},
+        {"cu_seqlens_k": ints(9 * X, 12 * X, 9 * X)},
         "cu_seqlens_k must not decrease",
-        "cu_seqlens_k[1:3] = [12, 9]",
+        f"cu_seqlens_k[1:3] = [{12 * X}, {9 * X}]",
     ),
     ("max_k", {"max_seqlen_k": 6}, "exceeds max_seqlen_k", "max_seqlen_k=6"),
     (
         "capacity",
-        {"cu_seqlens_k": ints(0, 9, 11), "max_seqlen_k": 9} | TWO_PAGES,
+        {"cu_seqlens_k": ints(0, 9 * X, 11 * X), "max_seqlen_k": 9 * X} | TWO_PAGES,
         CAPACITY,
-        "keys[0] = 9",
+        f"keys[0] = {9 * X}",
     ),
     (
         "used_capacity",
-        {"seqused_k": ints(1, 9), "max_seqlen_k": 9} | TWO_PAGES,
+        {"seqused_k": ints(1, 9 * X), "max_seqlen_k": 9 * X} | TWO_PAGES,
         CAPACITY,
-        "keys[1] = 9",
+        f"keys[1] = {9 * X}",
     ),
 ]
 LOW_LEVEL_CASES = [
@@ -216,7 +225,7 @@ DEVICE_CASES = [
         elsewhere(check_varlen, name, check_varlen.arguments[name])
         for name in ("k", "v", "cu_seqlens_q", "cu_seqlens_k", "leftpad_k", "seqused_k")
     ),
-    elsewhere(check_varlen, "alibi_slopes", torch.ones(4)),
+    elsewhere(check_varlen, "alibi_slopes", ones(4)),
     elsewhere(check_paged, "block_table", TABLE),
 ]
 
@@ -231,7 +240,7 @@ def test_refused(case: Case):
 
 CONTROLS = [
     *(Case(f, "unchanged", {}) for f in (paged, forward, paged_forward, check_varlen, check_paged)),
-    Case(varlen, "alibi_batch", {"alibi_slopes": torch.ones(2, 4)}),
+    Case(varlen, "alibi_batch", {"alibi_slopes": ones(2, 4)}),
     Case(varlen, "whole_pack", {"cu_seqlens_k": ints(0, 4, 11)}),
     Case(varlen, "empty_sequences", {name: ints(0, 0, 0) for name in CU}),
     Case(varlen, "max_tensor", {"max_seqlen_q": ints(5)[0], "max_seqlen_k": ints(7)[0]}),
@@ -241,20 +250,24 @@ CONTROLS = [
     Case(forward, "used_and_padded", {"seqused_k": ints(7, 2), "leftpad_k": ints(7, 2)}),
     # What is used is bounded by max_seqlen_k, not what lies in the pack.
     Case(forward, "used_short", {"seqused_k": ints(6, 0), "max_seqlen_k": 6}),
-    Case(paged, "only_lengths", {"cu_seqlens_k": ints(100, 107, 109)}),
+    Case(paged, "only_lengths", {"cu_seqlens_k": ints(100, 100 + 7 * X, 100 + 9 * X)}),
     Case(paged, "unused_pages", {"block_table": ints([5, 0, -1], [0, 77, 2**31 - 1])}),
     Case(paged, "shared_pages", {"block_table": ints([5, 0, 3], [5, 0, 3])}),
     Case(
         paged,
-        "page_size_1",
-        both(half(7, 1, 2, 16)) | {"block_table": torch.arange(7).int().repeat(2, 1)},
+        "smallest_pages",
+        both(half(7, page_size(1), 2, 16)) | {"block_table": ints(range(7), range(7))},
     ),
-    Case(paged, "full_table", {"cu_seqlens_k": ints(0, 8, 9), "max_seqlen_k": 8} | TWO_PAGES),
+    Case(
+        paged,
+        "full_table",
+        {"cu_seqlens_k": ints(0, 8 * X, 9 * X), "max_seqlen_k": 8 * X} | TWO_PAGES,
+    ),
     # With seqused_k in a paged cache, cu_seqlens_k is not read.
     Case(
         paged_forward,
         "only_used",
-        {"seqused_k": ints(12, 0), "max_seqlen_k": 12, "cu_seqlens_k": ints(9, 0, -9)},
+        {"seqused_k": ints(12 * X, 0), "max_seqlen_k": 12 * X, "cu_seqlens_k": ints(9, 0, -9)},
     ),
 ]
 

@@ -10,11 +10,11 @@ import dataclasses
 
 import pytest
 import torch
+from device import DEVICE, DTYPES, page_size
 from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import (
     BUDGET,
-    DTYPES,
     HEAD_DIMS,
     LENGTHS,
     SEGMENT,
@@ -37,6 +37,10 @@ from flash_attn.testing import (
     paged_rows,
     random_normal,
 )
+
+
+def int32(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +67,7 @@ class CacheCall:
     def normal(self, *shape: int, stream: int) -> torch.Tensor:
         p = self.problem
         values = random_normal(shape, seed=p.seed * 16 + stream) * p.amplitude
-        return laid_out(values.to(p.dtype), p.layout)
+        return laid_out(values.to(DEVICE, p.dtype), p.layout)
 
     def new_rows(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """k and v to append, (b, s_new, h_kv, d)."""
@@ -74,7 +78,7 @@ class CacheCall:
 
     def cache_batch_idx(self) -> torch.Tensor | None:
         """Row 0 of the cache belongs to nobody, the sequences lie backwards from the end."""
-        return torch.arange(self.problem.b, 0, -1).int() if self.shuffled else None
+        return int32(*range(self.problem.b, 0, -1)) if self.shuffled else None
 
     def caches(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """k_cache, v_cache and the block table if there are pages."""
@@ -89,7 +93,7 @@ class CacheCall:
             rows.append(parts)
         if self.page is not None:
             grown = [length + self.s_new for length in p.lengths_k]
-            table, num_pages = page_table(grown, self.page, seed=p.seed)
+            table, num_pages = page_table(grown, self.page, seed=p.seed, device=DEVICE)
             k_cache, v_cache = (paged_rows(x, table, num_pages, self.page) for x in rows)
             return laid_out(k_cache, p.layout), laid_out(v_cache, p.layout), table
         if self.shuffled:
@@ -105,18 +109,19 @@ class CacheCall:
         rows = self.capacity + self.problem.lengths_q[0]
         frequencies = 10000.0 ** -(torch.arange(self.rotary_dim // 2) / (self.rotary_dim // 2))
         angles = torch.arange(rows)[:, None] * frequencies
-        return angles.cos().to(self.problem.dtype), angles.sin().to(self.problem.dtype)
+        cos, sin = (x.to(DEVICE, self.problem.dtype) for x in (angles.cos(), angles.sin()))
+        return cos, sin
 
     def cache_seqlens(self) -> torch.Tensor | int | None:
         lengths = self.problem.lengths_k
         if self.lengths_as == "tensor":
-            return torch.tensor(lengths, dtype=torch.int32)
+            return int32(*lengths)
         return lengths[0] if self.lengths_as == "int" else None
 
     def rotated(self, q: torch.Tensor, k_new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """q and k as they enter the scores, by the layer's own rotation."""
         cos, sin = self.cos_sin()
-        starts = torch.tensor(self.problem.lengths_k, dtype=torch.int32)
+        starts = int32(*self.problem.lengths_k)
         turn = {"interleaved": self.interleaved, "seqlen_offsets": starts}
         window = self.problem.window_size
         by_position = self.problem.causal or any(0 <= side < self.capacity for side in window)
@@ -130,11 +135,10 @@ class CacheCall:
 
 def rows_of(cache, table, cache_batch_idx, b: int, length: int) -> tuple[torch.Tensor, ...]:
     """Index of the first `length` cache rows of sequence b: usable to read and to write."""
-    positions = torch.arange(length)
+    positions = torch.arange(length, device=DEVICE)
     if table is None:
-        return torch.full(
-            (length,), b if cache_batch_idx is None else cache_batch_idx[b]
-        ), positions
+        row = b if cache_batch_idx is None else int(cache_batch_idx[b])
+        return torch.full_like(positions, row), positions
     page = cache.shape[1]
     return table[b].long()[positions // page], positions % page
 
@@ -159,7 +163,7 @@ def verify(call: CacheCall) -> None:
             rotary_sin=sin,
             cache_seqlens=call.cache_seqlens(),
             cache_batch_idx=index,
-            cache_leftpad=None if call.leftpad is None else torch.tensor(call.leftpad).int(),
+            cache_leftpad=None if call.leftpad is None else int32(*call.leftpad),
             block_table=table,
             rotary_interleaved=call.interleaved,
             num_splits=call.num_splits,
@@ -180,7 +184,7 @@ def verify(call: CacheCall) -> None:
         lengths.append(len(keys[-1]))
     assert_bitwise_equal(k_cache, expected_k, "k_cache")
     assert_bitwise_equal(v_cache, expected_v, "v_cache")
-    cu_q, cu_k = cumulative_lengths(p.lengths_q), cumulative_lengths(lengths)
+    cu_q, cu_k = (cumulative_lengths(x, DEVICE) for x in (p.lengths_q, lengths))
     assert out.shape == q.shape and lse.shape == (p.b, p.h_q, p.lengths_q[0])
     assert_forward_accurate(
         (out.flatten(0, 1), lse.transpose(0, 1).flatten(1)),
@@ -218,7 +222,7 @@ def cache_calls(draw: st.DrawFn) -> CacheCall:
         ),
         s_new=s_new,
         capacity_beyond=beyond,
-        page=draw(st.sampled_from([1, 2, 7, 16, 64, 256])) if where == "paged" else None,
+        page=page_size(draw(st.sampled_from([1, 2, 7, 16, 64, 256]))) if where == "paged" else None,
         leftpad=tuple(draw(st.integers(0, min(n, 70))) for n in lengths)
         if where in ("leftpad", "both")
         else None,
@@ -239,7 +243,7 @@ def cache_calls(draw: st.DrawFn) -> CacheCall:
             alibi="batch",
         ),
         s_new=9,
-        page=7,
+        page=page_size(7),
         rotary_dim=32,
     )
 )
@@ -289,7 +293,7 @@ def test_rotation_is_interleaved_by_default():
 
 @pytest.mark.parametrize("s_q", [1, 3, 66])
 @pytest.mark.parametrize("s_new", [1, 5, 70])
-@pytest.mark.parametrize("page", [None, 1, 48])
+@pytest.mark.parametrize("page", [None, page_size(1), 48])
 def test_append_length_differs_from_queries(s_q, s_new, page):
     """s_new and s_q are independent; the mask is aligned to the cache's end after the append."""
     problem = dataclasses.replace(RAGGED, lengths_q=(s_q, s_q), causal=True)
@@ -334,7 +338,7 @@ def test_everything_is_padding():
         k_cache,
         v_cache,
         cache_seqlens=call.cache_seqlens(),
-        cache_leftpad=torch.tensor(call.leftpad).int(),
+        cache_leftpad=int32(*call.leftpad),
         return_softmax_lse=True,
     )
     assert torch.count_nonzero(out[0]) == 0 and torch.count_nonzero(out[1]) > 0
@@ -369,7 +373,7 @@ def test_arguments_are_left_alone():
         "rotary_sin": call.cos_sin()[1],
         "cache_seqlens": call.cache_seqlens(),
         "cache_batch_idx": call.cache_batch_idx(),
-        "cache_leftpad": torch.tensor(call.leftpad).int(),
+        "cache_leftpad": int32(*call.leftpad),
     }
     before = {name: x.clone() for name, x in inputs.items()}
     q = RAGGED.dense_queries().requires_grad_()
@@ -379,7 +383,7 @@ def test_arguments_are_left_alone():
         assert_bitwise_equal(x, before[name], name)
 
 
-@pytest.mark.parametrize("page", [None, 1, 24])
+@pytest.mark.parametrize("page", [None, page_size(1), page_size(24)])
 def test_decoding_token_by_token_is_the_prefill(page):
     """140 appends of one row, from an empty cache: each output has the causal prefill's bytes."""
     problem = Problem((140,), (140,), h_q=4, h_kv=2, d=32, dtype=torch.float16, causal=True)
@@ -390,14 +394,13 @@ def test_decoding_token_by_token_is_the_prefill(page):
         prefill = flash_attn_func(q, k, v, causal=True)
         for i in range(140):
             now = slice(i, i + 1)
-            length = torch.tensor([i], dtype=torch.int32)
             out = flash_attn_with_kvcache(
                 q[:, now],
                 k_cache,
                 v_cache,
                 k[:, now],
                 v[:, now],
-                cache_seqlens=length,
+                cache_seqlens=int32(i),
                 block_table=table,
                 causal=True,
             )

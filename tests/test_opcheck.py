@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from device import DEVICE, FINEST, page_size
 
 import flash_attn.layers.rotary  # noqa: F401  registers the ops, as importing flash_attn does
 from flash_attn.testing import cumulative_lengths, random_normal
@@ -16,36 +17,41 @@ CAPPED_WINDOW = (0.0, SCALE, False, 7, 3, 10.0)
 DROPOUT = (0.25, SCALE, True, -1, 0, 0.0)
 
 
+def normal(shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    return random_normal(shape, seed=seed, dtype=FINEST, device=DEVICE)
+
+
 def tensors(pack: bool = False, requires_grad: bool = False) -> list[torch.Tensor]:
     """q, k, v."""
     rows_q, rows_k = ((sum(LENGTHS_Q),), (sum(LENGTHS_K),)) if pack else ((B, S_Q), (B, S_K))
     shapes = [(*rows_q, H_Q, D), (*rows_k, H_KV, D), (*rows_k, H_KV, D)]
-    return [random_normal(s, seed=i).requires_grad_(requires_grad) for i, s in enumerate(shapes)]
+    return [normal(s, seed=i).requires_grad_(requires_grad) for i, s in enumerate(shapes)]
 
 
 def packing() -> tuple[torch.Tensor, torch.Tensor, int, int]:
-    offsets = cumulative_lengths(LENGTHS_Q), cumulative_lengths(LENGTHS_K)
+    offsets = (cumulative_lengths(x, DEVICE) for x in (LENGTHS_Q, LENGTHS_K))
     return *offsets, max(LENGTHS_Q), max(LENGTHS_K)
 
 
 def slopes() -> torch.Tensor:
-    return torch.tensor([0.5, 0.25, 0.125, 0.0625])
+    return torch.tensor([0.5, 0.25, 0.125, 0.0625], device=DEVICE)
 
 
 def op(name: str) -> torch._ops.OpOverload:
     return getattr(torch.ops.flash_attn, name).default
 
 
-def int32(*values: int) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32)
+def int32(*values) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
 
 def forward_cases() -> dict[str, tuple[str, tuple[object, ...]]]:
     dense = tensors(requires_grad=True)
     pack = tensors(pack=True, requires_grad=True)
-    pages = random_normal((7, 24, H_KV, D), seed=7)
-    table = torch.tensor([[0, 2, 4], [1, 3, 3], [5, 3, 3]], dtype=torch.int32)
+    pages = normal((7, page_size(24), H_KV, D), seed=7)
+    table = int32((0, 2, 4), (1, 3, 3), (5, 3, 3))
     chosen = (int32(3, 0, 1), int32(60, 5, 9))  # leftpad_k, seqused_k
+    seed = torch.tensor([5, 6], device=DEVICE)
     return {
         "dense": ("_flash_attn_forward", (*dense, *PLAIN, slopes(), False)),
         "dense, window": ("_flash_attn_forward", (*dense, *CAPPED_WINDOW, None, False)),
@@ -66,7 +72,7 @@ def forward_cases() -> dict[str, tuple[str, tuple[object, ...]]]:
         "attend, pack": ("_attend", (*pack, *packing(), *PLAIN, None, True, None, False, None)),
         "attend, dropout": (
             "_attend",
-            (*dense, None, None, S_Q, S_K, *DROPOUT, None, True, None, False, torch.tensor([5, 6])),
+            (*dense, None, None, S_Q, S_K, *DROPOUT, None, True, None, False, seed),
         ),
     }
 
@@ -100,11 +106,11 @@ def backward_cases() -> dict[str, tuple[str, tuple[object, ...]]]:
 
 def kvcache_cases() -> dict[str, tuple[str, tuple[object, ...]]]:
     name = "_flash_attn_with_kvcache"
-    q, k, v = (random_normal((B, 2, h, D), seed=h) for h in (H_Q, H_KV, H_KV))
-    rows = [random_normal((3, S_K, H_KV, D), seed=seed) for seed in (3, 4)]
-    pages = [random_normal((6, 24, H_KV, D), seed=seed) for seed in (3, 4)]
-    table = torch.tensor([[0, 2, 4], [1, 3, 5]], dtype=torch.int32)
-    cos, sin = random_normal((72, 8), seed=5), random_normal((72, 8), seed=6)
+    q, k, v = (normal((B, 2, h, D), seed=h) for h in (H_Q, H_KV, H_KV))
+    rows = [normal((3, S_K, H_KV, D), seed=seed) for seed in (3, 4)]
+    pages = [normal((6, page_size(24), H_KV, D), seed=seed) for seed in (3, 4)]
+    table = int32((0, 2, 4), (1, 3, 5))
+    cos, sin = normal((72, 8), seed=5), normal((72, 8), seed=6)
     scoring = (SCALE, True, -1, -1, 0.0, True)
     places = (int32(60, 3), int32(2, 0), int32(0, 1))  # seqlens, batch_idx, leftpad
     return {
@@ -121,18 +127,19 @@ def kvcache_cases() -> dict[str, tuple[str, tuple[object, ...]]]:
 
 
 def rotary_cases() -> dict[str, tuple[str, tuple[object, ...]]]:
-    cos, sin = random_normal((S_K, 4), seed=5), random_normal((S_K, 4), seed=6)
+    cos, sin = normal((S_K, 4), seed=5), normal((S_K, 4), seed=6)
     x, pack = tensors()[0], tensors(pack=True)[0]
     offsets = int32(3, 0, 1)
+    frequencies, scale = torch.rand(2, 4).to(DEVICE)
     return {
         "rotary": ("_apply_rotary_", (x, cos, sin, 2, None, None, False, False)),
         "rotary, pack": (
             "_apply_rotary_",
-            (pack, cos, sin, 0, offsets, cumulative_lengths(LENGTHS_Q), True, True),
+            (pack, cos, sin, 0, offsets, cumulative_lengths(LENGTHS_Q, DEVICE), True, True),
         ),
         "rotary, tables": (
             "_rotary_tables",
-            (torch.rand(4), torch.rand(4), 8, 100.0, 64.0, S_K, torch.bfloat16),
+            (frequencies, scale, 8, 100.0, 64.0, S_K, torch.bfloat16),
         ),
     }
 

@@ -10,6 +10,7 @@ import math
 
 import pytest
 import torch
+from device import DEVICE, FINEST, WIDEST
 from strategies import Problem
 
 from flash_attn import (
@@ -25,21 +26,32 @@ from flash_attn import (
 from flash_attn.reference import visible_keys
 from flash_attn.testing import assert_bitwise_equal, cumulative_lengths, random_normal
 
+ON_DEVICE = {"dtype": FINEST, "device": DEVICE}
+
+
+def zeros(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, **ON_DEVICE)
+
+
+def cu_seqlens(*lengths) -> tuple[torch.Tensor, ...]:
+    """The offsets of one pack for each argument."""
+    return tuple(cumulative_lengths(x, DEVICE) for x in lengths)
+
 
 def seen_keys(function, s_q, s_k, **options):
     """bool (s_q, s_k): which keys each row of one sequence attends to, read from the output."""
-    q, k = torch.zeros(1, s_q, 1, max(8, s_k)), torch.zeros(1, s_k, 1, max(8, s_k))
-    v = torch.eye(max(8, s_k))[:s_k].reshape(1, s_k, 1, -1)
+    q, k = zeros(1, s_q, 1, max(8, s_k)), zeros(1, s_k, 1, max(8, s_k))
+    v = torch.eye(max(8, s_k), **ON_DEVICE)[:s_k].reshape(1, s_k, 1, -1)
     out, lse, _ = function(q, k, v, return_attn_probs=True, **options)
-    seen = out[0, :, 0, :s_k] > 0
+    seen = (out[0, :, 0, :s_k] > 0).cpu()
     count = seen.sum(-1)
-    torch.testing.assert_close(lse[0, 0], torch.where(count > 0, count.log(), math.inf))
+    torch.testing.assert_close(lse[0, 0].cpu(), torch.where(count > 0, count.log(), math.inf))
     return seen
 
 
 def as_varlen(q, k, v, **options):
     """The same call through flash_attn_varlen_func, with room to spare in max_seqlen_*."""
-    cu_q, cu_k = cumulative_lengths([q.shape[1]]), cumulative_lengths([k.shape[1]])
+    cu_q, cu_k = cu_seqlens([q.shape[1]], [k.shape[1]])
     extents = (cu_q, cu_k, q.shape[1] + 5, k.shape[1] + 9)
     out, lse, s_dmask = flash_attn_varlen_func(q[0], k[0], v[0], *extents, **options)
     return out[None], lse[None], s_dmask
@@ -48,7 +60,7 @@ def as_varlen(q, k, v, **options):
 def as_kvcache(q, k, v, return_attn_probs, **options):
     """The same call through flash_attn_with_kvcache, on a cache with NaN beyond the sequence."""
     cache = [torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 7), value=math.nan) for x in (k, v)]
-    length = torch.tensor([k.shape[1]], dtype=torch.int32)
+    length = torch.tensor([k.shape[1]], dtype=torch.int32, device=DEVICE)
     options |= {"cache_seqlens": length, "return_softmax_lse": True}
     return *flash_attn_with_kvcache(q, *cache, **options), None
 
@@ -98,10 +110,10 @@ def test_window_types():
 def test_lengths_are_each_sequences_own():
     """In a pack, every diagonal ends at its own sequence's last key, not at max_seqlen_k."""
     lengths_q, lengths_k = (4, 9, 1), (9, 4, 30)
-    q, k = torch.zeros(14, 1, 32), torch.zeros(43, 1, 32)
-    v = torch.cat([torch.eye(32)[:length] for length in lengths_k])[:, None]
-    cu_q, cu_k = cumulative_lengths(lengths_q), cumulative_lengths(lengths_k)
-    out = flash_attn_varlen_func(q, k, v, cu_q, cu_k, 9, 30, causal=True)
+    q, k = zeros(14, 1, 32), zeros(43, 1, 32)
+    v = torch.cat([torch.eye(32, **ON_DEVICE)[:length] for length in lengths_k])[:, None]
+    cu_q, cu_k = cu_seqlens(lengths_q, lengths_k)
+    out = flash_attn_varlen_func(q, k, v, cu_q, cu_k, 9, 30, causal=True).cpu()
     for rows, s_q, s_k in zip(out.split(lengths_q), lengths_q, lengths_k, strict=True):
         assert torch.equal(rows[:, 0, :s_k] > 0, visible_keys(s_q, s_k, causal=True))
         assert torch.count_nonzero(rows[:, 0, s_k:]) == 0
@@ -109,8 +121,8 @@ def test_lengths_are_each_sequences_own():
 
 def test_single_query_is_causal_by_itself():
     """s_q = 1: the one query is the last one, so causal changes no byte; with ALiBi neither."""
-    q, k, v = Problem((1,), (600,), 4, 2, 32, torch.float32).dense()
-    for options in ({}, {"alibi_slopes": torch.rand(4)}):
+    q, k, v = Problem((1,), (600,), 4, 2, 32, FINEST).dense()
+    for options in ({}, {"alibi_slopes": torch.rand(4, device=DEVICE)}):
         full = flash_attn_func(q, k, v, **options)
         assert_bitwise_equal(flash_attn_func(q, k, v, causal=True, **options), full)
 
@@ -121,9 +133,9 @@ def test_single_query_is_causal_by_itself():
 @pytest.mark.parametrize("s_q", [1, 5])
 def test_grouped_heads(s_q):
     """Query head h reads key head h // (h_q / h_kv), also in decoding, where groups share rows."""
-    v = torch.arange(1.0, 4.0).reshape(1, 1, 3, 1).expand(1, 70, 3, 8).contiguous()
-    q, k = torch.zeros(1, s_q, 6, 8), torch.zeros(1, 70, 3, 8)
-    expected = torch.tensor([1.0, 1, 2, 2, 3, 3]).reshape(1, 1, 6, 1).expand_as(q)
+    v = torch.arange(1.0, 4.0, **ON_DEVICE).reshape(1, 1, 3, 1).expand(1, 70, 3, 8).contiguous()
+    q, k = zeros(1, s_q, 6, 8), zeros(1, 70, 3, 8)
+    expected = torch.tensor([1.0, 1, 2, 2, 3, 3], **ON_DEVICE).reshape(1, 1, 6, 1).expand_as(q)
     out, lse, _ = flash_attn_func(q, k, v, return_attn_probs=True)
     torch.testing.assert_close(out, expected)
     assert lse.shape == (1, 6, s_q)
@@ -131,9 +143,9 @@ def test_grouped_heads(s_q):
 
 def test_decoding_a_pack_honours_cu_seqlens_q():
     """max_seqlen_q = 1 with grouped heads: a sequence without a query shifts nobody's rows."""
-    problem = Problem((1, 0, 1, 1), (70, 5, 0, 9), 4, 2, 16, torch.float32)
+    problem = Problem((1, 0, 1, 1), (70, 5, 0, 9), 4, 2, 16, FINEST)
     q, k, v = problem.packed()
-    cu_q, cu_k = cumulative_lengths(problem.lengths_q), cumulative_lengths(problem.lengths_k)
+    cu_q, cu_k = problem.cu_seqlens()
     out, lse, _ = flash_attn_varlen_func(q, k, v, cu_q, cu_k, 1, 70, return_attn_probs=True)
     assert out.shape == (3, 4, 16) and lse.shape == (4, 3)
     for row, keys in enumerate((slice(0, 70), slice(75, 75), slice(75, 84))):
@@ -145,7 +157,7 @@ def test_decoding_a_pack_honours_cu_seqlens_q():
 @pytest.mark.parametrize("d", [1, 5, 30, 64, 250])
 def test_default_scale_is_of_the_caller_s_head_dim(d):
     """d ** -0.5 of the unpadded head dim; out and gradients come back unpadded."""
-    q, k, v = (x.requires_grad_() for x in Problem((3,), (70,), 2, 1, d, torch.float32).dense())
+    q, k, v = (x.requires_grad_() for x in Problem((3,), (70,), 2, 1, d, FINEST).dense())
     out = flash_attn_func(q, k, v)
     assert_bitwise_equal(out, flash_attn_func(q, k, v, softmax_scale=d**-0.5))
     assert out.shape == q.shape
@@ -155,20 +167,21 @@ def test_default_scale_is_of_the_caller_s_head_dim(d):
 
 def test_softcap_bounds_the_scores():
     """Scores of 1000 times the cap end at the cap, so lse = softcap + log(s_k); 0 means no cap."""
-    q, k = torch.full((1, 2, 1, 16), 100.0), torch.full((1, 80, 1, 16), 100.0)
+    q, k = zeros(1, 2, 1, 16) + 100.0, zeros(1, 80, 1, 16) + 100.0
     lse = flash_attn_func(q, k, k, softcap=30.0, return_attn_probs=True)[1]
-    torch.testing.assert_close(lse, torch.full((1, 1, 2), 30.0 + math.log(80)))
+    torch.testing.assert_close(lse, torch.full_like(lse, 30.0 + math.log(80)))
     lse = flash_attn_func(q, k, k, softcap=0.0, return_attn_probs=True)[1]
-    torch.testing.assert_close(lse, torch.full((1, 1, 2), 40000.0 + math.log(80)))
+    torch.testing.assert_close(lse, torch.full_like(lse, 40000.0 + math.log(80)))
 
 
 @pytest.mark.parametrize("mask", [{}, {"causal": True}, {"window_size": (3, 2)}], ids=str)
 def test_alibi_by_the_documented_formula(mask):
     """lse = log sum exp(-slope * |i + s_k - s_q - j|) in any mask; slopes (h,) or (b, h)."""
-    q, k = torch.zeros(2, 4, 2, 8), torch.zeros(2, 9, 2, 8)
-    slopes = torch.tensor([[0.5, 0.25], [0.125, 2.0]])
-    distance = (torch.arange(4)[:, None] + 5 - torch.arange(9)).abs()
-    hidden = ~visible_keys(4, 9, mask.get("causal", False), mask.get("window_size", (-1, -1)))
+    q, k = zeros(2, 4, 2, 8), zeros(2, 9, 2, 8)
+    slopes = torch.tensor([[0.5, 0.25], [0.125, 2.0]], device=DEVICE)
+    distance = (torch.arange(4)[:, None] + 5 - torch.arange(9)).abs().to(DEVICE)
+    window = mask.get("window_size", (-1, -1))
+    hidden = ~visible_keys(4, 9, mask.get("causal", False), window, DEVICE)
     scores = (-slopes[:, :, None, None] * distance).masked_fill(hidden, -math.inf)
     lse = flash_attn_func(q, k, k, alibi_slopes=slopes, return_attn_probs=True, **mask)[1]
     torch.testing.assert_close(lse, scores.logsumexp(-1))
@@ -178,8 +191,8 @@ def test_alibi_by_the_documented_formula(mask):
 
 def test_slopes_get_no_gradient():
     """alibi_slopes is not differentiable, and asking for it does not break the others."""
-    q, k, v = (x.requires_grad_() for x in Problem((3,), (7,), 2, 2, 16, torch.float32).dense())
-    slopes = torch.rand(2, requires_grad=True)
+    q, k, v = (x.requires_grad_() for x in Problem((3,), (7,), 2, 2, 16, FINEST).dense())
+    slopes = torch.rand(2, device=DEVICE, requires_grad=True)
     flash_attn_func(q, k, v, alibi_slopes=slopes).sum().backward()
     assert slopes.grad is None and q.grad is not None
 
@@ -189,7 +202,7 @@ def test_slopes_get_no_gradient():
 
 def test_blind_rows():
     """A row without a visible key: out = 0, lse = +inf, gradients zero and finite everywhere."""
-    q, k, v = (x.requires_grad_() for x in Problem((9,), (4,), 2, 2, 16, torch.float32).dense())
+    q, k, v = (x.requires_grad_() for x in Problem((9,), (4,), 2, 2, 16, FINEST).dense())
     out, lse, _ = flash_attn_func(q, k, v, causal=True, return_attn_probs=True)
     assert torch.count_nonzero(out[:, :5]) == 0 and lse[:, :, :5].isposinf().all()
     assert lse[:, :, 5:].isfinite().all()
@@ -214,7 +227,7 @@ def test_empty_extents(s_q, s_k):
 
 def as_packed_pair(q, k, v, **options):
     """A dense batch of two as a pack, shapes restored."""
-    cu_q, cu_k = cumulative_lengths([q.shape[1]] * 2), cumulative_lengths([k.shape[1]] * 2)
+    cu_q, cu_k = cu_seqlens([q.shape[1]] * 2, [k.shape[1]] * 2)
     extents = (cu_q, cu_k, q.shape[1], k.shape[1])
     out, *rest = flash_attn_varlen_func(*(x.flatten(0, 1) for x in (q, k, v)), *extents, **options)
     return out.view_as(q), *rest
@@ -222,7 +235,7 @@ def as_packed_pair(q, k, v, **options):
 
 def test_empty_batch_is_refused():
     """b = 0 has no meaning upstream either."""
-    q = torch.zeros(0, 3, 2, 16)
+    q = zeros(0, 3, 2, 16)
     with pytest.raises(RuntimeError, match="batch size must be positive"):
         flash_attn_func(q, q, q)
 
@@ -230,9 +243,9 @@ def test_empty_batch_is_refused():
 def test_empty_sequences_in_a_pack():
     """No keys: zero and +inf for those rows alone. No queries: their keys get zero gradients."""
     lengths_q, lengths_k = (3, 2, 0, 4), (70, 0, 6, 5)
-    problem = Problem(lengths_q, lengths_k, 2, 1, 16, torch.float32)
+    problem = Problem(lengths_q, lengths_k, 2, 1, 16, FINEST)
     q, k, v = (x.requires_grad_() for x in problem.packed())
-    cu_q, cu_k = cumulative_lengths(lengths_q), cumulative_lengths(lengths_k)
+    cu_q, cu_k = cu_seqlens(lengths_q, lengths_k)
     out, lse, _ = flash_attn_varlen_func(q, k, v, cu_q, cu_k, 4, 70, return_attn_probs=True)
     assert torch.count_nonzero(out[3:5]) == 0 and lse[:, 3:5].isposinf().all()
     assert lse[:, [0, 1, 2, 5, 6, 7, 8]].isfinite().all()
@@ -256,7 +269,7 @@ def test_return_values():
     assert_bitwise_equal(triple[0], out)
     assert triple[1].shape == (2, 4, 3) and triple[1].dtype == torch.float32
     assert triple[2].shape == (0,) and triple[2].dtype == q.dtype
-    cu_q, cu_k = cumulative_lengths((3, 3)), cumulative_lengths((70, 70))
+    cu_q, cu_k = cu_seqlens((3, 3), (70, 70))
     flat = (q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
     lse = flash_attn_varlen_func(*flat, cu_q, cu_k, 3, 70, return_attn_probs=True)[1]
     assert lse.shape == (4, 6) and lse.dtype == torch.float32
@@ -268,10 +281,12 @@ def test_return_values():
 
 def test_packed_functions_are_the_same_call():
     """kvpacked and qkvpacked, dense and varlen: bytes and gradients of the separate tensors."""
-    qkv = random_normal((2, 70, 3, 2, 20), seed=0).requires_grad_()
-    dout = random_normal((2, 70, 2, 20), seed=1)
+    # 16 bits of float32's range: a gradient that underflows to -0 would lose its sign in a sum.
+    on_device = {"dtype": WIDEST, "device": DEVICE}
+    qkv = random_normal((2, 70, 3, 2, 20), seed=0, **on_device).requires_grad_()
+    dout = random_normal((2, 70, 2, 20), seed=1, **on_device)
     options = {"causal": True, "softmax_scale": 0.3}
-    cu = cumulative_lengths((70, 70))
+    (cu,) = cu_seqlens((70, 70))
 
     def flat(x):
         return x.flatten(0, 1)
@@ -294,7 +309,7 @@ def test_packed_functions_are_the_same_call():
 
 def test_low_level_results():
     """Forward: (out, lse, S_dmask, rng_state). Backward: softmax_d alone, gradients in place."""
-    q, k, v = Problem((130, 130), (70, 70), 4, 2, 16, torch.float32).dense()
+    q, k, v = Problem((130, 130), (70, 70), 4, 2, 16, FINEST).dense()
     score = (0.0, 0.25, False, -1, -1, 0.0, None)
     out, lse, s_dmask, rng_state = flash_attn_interface._flash_attn_forward(q, k, v, *score, False)
     assert lse.shape == (2, 4, 130) and s_dmask.shape == (0,)
@@ -304,10 +319,11 @@ def test_low_level_results():
         out, q, k, v, out, lse, *grads, *score, False
     )
     assert softmax_d.shape == (2, 4, 256) and softmax_d.dtype == torch.float32
-    torch.testing.assert_close(softmax_d[:, :, :130], (out * out).sum(-1).transpose(1, 2))
+    row_sums = out.float().square().sum(-1).transpose(1, 2)
+    torch.testing.assert_close(softmax_d[:, :, :130], row_sums)
     assert all(x.isfinite().all() for x in grads)
 
-    cu_q, cu_k = cumulative_lengths((130, 130)), cumulative_lengths((70, 70))
+    cu_q, cu_k = cu_seqlens((130, 130), (70, 70))
     flat = [x.flatten(0, 1) for x in (q, k, v)]
     extents = (cu_q, cu_k, 130, 70)
     packed = flash_attn_interface._flash_attn_varlen_forward(
@@ -329,12 +345,12 @@ def test_low_level_results():
 
 def test_last_dimension_is_made_contiguous():
     """Any q, k, v is taken; a cache must have a contiguous last dimension, for it is written to."""
-    q, k, v = Problem((5,), (70,), 2, 2, 16, torch.float32).dense()
+    q, k, v = Problem((5,), (70,), 2, 2, 16, FINEST).dense()
     expected = flash_attn_func(q, k, v)
     odd = [x.transpose(-1, -2).contiguous().transpose(-1, -2) for x in (q, k, v)]
     assert odd[0].stride(-1) != 1
     assert_bitwise_equal(flash_attn_func(*odd), expected)
-    cu_q, cu_k = cumulative_lengths((5,)), cumulative_lengths((70,))
+    cu_q, cu_k = cu_seqlens((5,), (70,))
     packed = flash_attn_varlen_func(*(x[0] for x in odd), cu_q, cu_k, 5, 70)
     assert_bitwise_equal(packed[None], expected)
     for caches in ((odd[1], v), (k, odd[2])):
@@ -344,7 +360,7 @@ def test_last_dimension_is_made_contiguous():
 
 def test_lse_and_s_dmask_get_no_gradient():
     """A loss that also uses lse has the gradients of its out part."""
-    q, k, v = (x.requires_grad_() for x in Problem((5,), (70,), 2, 2, 16, torch.float32).dense())
+    q, k, v = (x.requires_grad_() for x in Problem((5,), (70,), 2, 2, 16, FINEST).dense())
     out, lse, _ = flash_attn_func(q, k, v, return_attn_probs=True)
     alone = torch.autograd.grad(out.sum(), (q, k, v), retain_graph=True)
     both = torch.autograd.grad(out.sum() + 3.0 * lse.sum(), (q, k, v))
@@ -355,7 +371,7 @@ def test_lse_and_s_dmask_get_no_gradient():
 @pytest.mark.parametrize("wanted", ["none", "disabled", "q", "k", "v"])
 def test_saved_only_if_needed(wanted):
     """Tensors are kept for backward iff gradients are enabled and an input asks for one."""
-    tensors = dict(zip("qkv", Problem((5,), (70,), 2, 2, 12, torch.float32).dense(), strict=True))
+    tensors = dict(zip("qkv", Problem((5,), (70,), 2, 2, 12, FINEST).dense(), strict=True))
     for name in "qkv" if wanted == "disabled" else wanted if wanted in "qkv" else "":
         tensors[name].requires_grad_()
     saved = []
@@ -375,7 +391,7 @@ def test_saved_only_if_needed(wanted):
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_deterministic_argument(deterministic):
     """deterministic= may be passed, and backward repeats to the byte either way."""
-    q, k, v = (x.requires_grad_() for x in Problem((70,), (70,), 4, 2, 16, torch.float32).dense())
+    q, k, v = (x.requires_grad_() for x in Problem((70,), (70,), 4, 2, 16, FINEST).dense())
     first, second = (
         torch.autograd.grad(
             flash_attn_func(q, k, v, causal=True, deterministic=deterministic).sum(), (q, k, v)

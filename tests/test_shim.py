@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from device import DEVICE, FINEST, page_size
 
 import flash_attn_2_cuda as shim
 from flash_attn import (
@@ -50,16 +51,28 @@ FEATURES = {
 features = pytest.mark.parametrize("case", FEATURES.values(), ids=FEATURES.keys())
 
 
+def normal(shape, seed: int, dtype: torch.dtype) -> torch.Tensor:
+    return random_normal(shape, seed=seed, dtype=dtype, device=DEVICE)
+
+
+def int32(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def offsets_of(lengths_q: list[int], lengths_k: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    return cumulative_lengths(lengths_q, DEVICE), cumulative_lengths(lengths_k, DEVICE)
+
+
 def inputs(pack: bool, dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
     """q, k, v that require gradients, and dout."""
     rows_q, rows_k = ((sum(LENGTHS_Q),), (sum(LENGTHS_K),)) if pack else ((B, S_Q), (B, S_K))
     shapes = [(*rows_q, H_Q, D), (*rows_k, H_KV, D), (*rows_k, H_KV, D), (*rows_q, H_Q, D)]
-    q, k, v, dout = (random_normal(s, seed=i, dtype=dtype) for i, s in enumerate(shapes))
+    q, k, v, dout = (normal(s, seed=i, dtype=dtype) for i, s in enumerate(shapes))
     return [q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout]
 
 
 def slopes(wanted: bool) -> torch.Tensor | None:
-    return torch.tensor([0.5, 0.25, 0.125, 0.0625]) if wanted else None
+    return torch.tensor([0.5, 0.25, 0.125, 0.0625], device=DEVICE) if wanted else None
 
 
 def buffer_like(x: torch.Tensor) -> torch.Tensor:
@@ -108,7 +121,7 @@ def test_varlen_forward_and_backward(case):
     causal, window, softcap, alibi, dropout_p = case
     q, k, v, dout = inputs(pack=True)
     alibi_slopes, want_s = slopes(alibi), dropout_p > 0
-    offsets = cumulative_lengths(LENGTHS_Q), cumulative_lengths(LENGTHS_K)
+    offsets = offsets_of(LENGTHS_Q, LENGTHS_K)
     longest = max(LENGTHS_Q), max(LENGTHS_K)
     torch.manual_seed(1)
     expected, lse, s_dmask = flash_attn_varlen_func(
@@ -149,14 +162,13 @@ def test_varlen_forward_uses_the_keys_that_seqused_and_leftpad_leave():
     kept = [u - p for u, p in zip(used, pad, strict=True)]
 
     def run(k, v, lengths_k, seqused_k, leftpad_k):
-        offsets = cumulative_lengths(LENGTHS_Q), cumulative_lengths(lengths_k)
+        offsets = offsets_of(LENGTHS_Q, lengths_k)
         return shim.varlen_fwd(
             *(q, k, v, None, *offsets, seqused_k, leftpad_k, None, None),
             *(max(LENGTHS_Q), max(LENGTHS_K), 0.0, SCALE, False, True, -1, -1, 0.0, False, None),
         )
 
-    as_int32 = {"dtype": torch.int32}
-    picked = run(k, v, LENGTHS_K, torch.tensor(used, **as_int32), torch.tensor(pad, **as_int32))
+    picked = run(k, v, LENGTHS_K, int32(*used), int32(*pad))
     alone = run(k[rows], v[rows], kept, None, None)
     assert_bitwise_equal(picked[0], alone[0])
     assert_bitwise_equal(picked[1], alone[1])
@@ -165,18 +177,18 @@ def test_varlen_forward_uses_the_keys_that_seqused_and_leftpad_leave():
 @pytest.mark.parametrize("paged", [False, True], ids=["rows", "pages"])
 def test_kvcache_appends_and_attends(paged):
     """Two new keys each, rotated; rows 2 and 0 of the cache, or its pages in random order."""
-    capacity, page, s_new, dtype = 192, 24, 2, torch.float16
-    q, k, v = (random_normal((B, s_new, h, D), seed=h, dtype=dtype) for h in (H_Q, H_KV, H_KV))
+    capacity, page, s_new, dtype = 192, page_size(24), 2, torch.float16
+    q, k, v = (normal((B, s_new, h, D), seed=h, dtype=dtype) for h in (H_Q, H_KV, H_KV))
     if paged:
         order = torch.randperm(2 * capacity // page, generator=torch.Generator().manual_seed(0))
-        block_table, rows = order.to(torch.int32).view(B, -1), None
-        cache = random_normal((len(order), page, H_KV, D), seed=5, dtype=dtype)
+        block_table, rows = int32(*order.tolist()).view(B, -1), None
+        cache = normal((len(order), page, H_KV, D), seed=5, dtype=dtype)
     else:
-        block_table, rows = None, torch.tensor([2, 0], dtype=torch.int32)
-        cache = random_normal((3, capacity, H_KV, D), seed=5, dtype=dtype)
-    pad = None if paged else torch.tensor([0, 3], dtype=torch.int32)
-    seqlens = torch.tensor([150, 31], dtype=torch.int32)
-    angle = random_normal((capacity, D // 2), seed=6)
+        block_table, rows = None, int32(2, 0)
+        cache = normal((3, capacity, H_KV, D), seed=5, dtype=dtype)
+    pad = None if paged else int32(0, 3)
+    seqlens = int32(150, 31)
+    angle = normal((capacity, D // 2), seed=6, dtype=torch.float32)
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
 
     k_cache, v_cache = cache.clone(), cache.clone()
@@ -202,8 +214,8 @@ def test_kvcache_appends_and_attends(paged):
 def minimal_call(entry: str, replaced: dict[str, object]) -> list[object]:
     """Arguments for a call of `entry` that succeeds, but for what is replaced."""
     pack = entry.startswith("varlen")
-    q, k, v, dout = inputs(pack, torch.float32)
-    lse = torch.zeros((H_Q, len(q)) if pack else (B, H_Q, S_Q))
+    q, k, v, dout = inputs(pack, FINEST)
+    lse = torch.zeros((H_Q, len(q)) if pack else (B, H_Q, S_Q), device=DEVICE)
     names = ["q", "k", "v", "dout", "softmax_lse", "kcache", "vcache"]
     tensors = (q, k, v, dout, lse, k.detach().clone(), v.detach().clone())
     given = dict(zip(names, tensors, strict=True))
@@ -212,12 +224,12 @@ def minimal_call(entry: str, replaced: dict[str, object]) -> list[object]:
     switches = ("is_causal", "return_softmax", "zero_tensors", "deterministic")
     given |= dict.fromkeys(switches, False)
     for side, lengths in (("q", LENGTHS_Q), ("k", LENGTHS_K)):
-        given[f"cu_seqlens_{side}"] = cumulative_lengths(lengths)
+        given[f"cu_seqlens_{side}"] = cumulative_lengths(lengths, DEVICE)
         given[f"max_seqlen_{side}"] = max(lengths)
     if entry.endswith("bwd"):
         given["out"] = q
     if entry == "fwd_kvcache":  # appends, so that a refusal has something to leave alone
-        seqlens_k = torch.tensor([3, 100], dtype=torch.int32)
+        seqlens_k = int32(3, 100)
         given |= {"k": k[:, :2], "v": v[:, :2], "seqlens_k": seqlens_k}
     given |= replaced
     return [given.get(name) for name in ORDER[entry].split()]
@@ -237,7 +249,7 @@ def test_an_out_that_does_not_fit_is_refused_before_anything_is_written(entry):
     caches = [a for a, name in zip(arguments, ORDER[entry].split(), strict=True) if "cache" in name]
     before = [None if cache is None else cache.clone() for cache in caches]
     place = ORDER[entry].split().index("out")
-    for out in (q[:1].clone(), q.to(torch.float16)):
+    for out in (q[:1].clone(), q.to(torch.bfloat16)):
         arguments[place] = out
         with pytest.raises(RuntimeError, match=r"out.* must"):
             getattr(shim, entry)(*arguments)
@@ -258,8 +270,8 @@ def test_either_module_can_be_imported_first():
 @pytest.mark.parametrize("zero_tensors", [False, True])
 def test_zero_tensors_clears_what_no_sequence_covers(zero_tensors):
     """Rows 7 to 9 of the pack belong to nobody: a caller's dq keeps them unless told otherwise."""
-    q = random_normal((10, 2, 16), seed=0)
-    offsets = torch.tensor([0, 4, 7], dtype=torch.int32)
+    q = normal((10, 2, 16), seed=0, dtype=FINEST)
+    offsets = int32(0, 4, 7)
     scoring = (0.0, 0.25, True, -1, -1, 0.0, None)
     forward, backward = (
         flash_attn_interface._flash_attn_varlen_forward,

@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+from device import FINEST
 from packaging.version import Version
 from strategies import Problem
 
@@ -129,7 +130,7 @@ def test_names_that_other_libraries_import():
 
 def test_autograd_classes():
     """`FlashAttnFunc.apply` takes the function's arguments in order, then is_grad_enabled."""
-    q, k, v = (x.requires_grad_() for x in Problem((5,), (70,), 2, 2, 16, torch.float32).dense())
+    q, k, v = (x.requires_grad_() for x in Problem((5,), (70,), 2, 2, 16, FINEST).dense())
     tail = (0.0, 0.25, True, (-1, -1), 0.0, None, False, False)
     expected = flash_attn_func(q, k, v, *tail)
     out = flash_attn_interface.FlashAttnFunc.apply(q, k, v, *tail, torch.is_grad_enabled())

@@ -21,6 +21,9 @@ def standard_problems(effort: str = "default", device: str = "cpu") -> list[Prob
     probe = Problem((1,), (16384,), dtype=wide, **common)
     block, boundaries = contract_steps(probe)
     segment = boundaries[1]
+    # A GPU has room to cut a lone row into its blocks, which is as good a plan for twice as many
+    # rows while the blocks are few: a control has to be longer there to be caught.
+    reach = (20 if gpu else 4) * segment + 45
     # Whole segments, one block, and 13 keys of the next block: every kind of ragged end at once.
     medium, long = segment + block + 13, 2 * segment + block + 13
     quick = [
@@ -28,7 +31,7 @@ def standard_problems(effort: str = "default", device: str = "cpu") -> list[Prob
         Problem(
             (1,) * 8,
             # Long and short neighbours; both sides of a segment and of a block; a single key.
-            (4 * segment + 45, long, segment + 1, segment, block + 1, block, 700, 1),
+            (reach, long, segment + 1, segment, block + 1, block, 700, 1),
             d=128,
             dtype=torch.float16,
             name="decode",
@@ -37,13 +40,21 @@ def standard_problems(effort: str = "default", device: str = "cpu") -> list[Prob
         # So few rows that standard mode splits a batch by its longest member ...
         Problem(
             (1, 1),
-            (4 * segment + 45, long),
+            (reach, long),
             dtype=wide,
             name="small batch",
             **common,
         ),
         # ... and so few that it splits a shard of the heads otherwise than all of them.
-        Problem((1, 1), (long, 700), h_q=16, h_kv=16, dtype=wide, name="many heads", **common),
+        Problem(
+            (1, 1),
+            (reach if gpu else long, 700),
+            h_q=16,
+            h_kv=16,
+            dtype=wide,
+            name="many heads",
+            **common,
+        ),
         Problem(
             (medium, 1, 2 * block + 2, 77),
             (medium, segment + 3, 2 * block + 2, 77),
@@ -53,6 +64,10 @@ def standard_problems(effort: str = "default", device: str = "cpu") -> list[Prob
             alibi=True,
             softcap=20.0,
             name="every feature",
+            # So many heads that standard mode does not cut this prefill's keys on a GPU, while it
+            # cuts those of a lone row.
+            h_q=32 if gpu else 4,
+            h_kv=16 if gpu else 2,
             **common,
         ),
         Problem(

@@ -1,0 +1,40 @@
+"""Gradients of the public functions on a `Problem`, held to autograd through the reference."""
+
+from strategies import Problem, assert_gradients_accurate, autograd
+
+from flash_attn import determinism, flash_attn_func, flash_attn_varlen_func
+from flash_attn.reference import attention, attention_varlen
+
+
+def check_dense(problem: Problem, label=""):
+    """dq, dk and dv of flash_attn_func."""
+    tensors, options = problem.dense(), problem.options()
+    dout = problem.upstream_gradient(tensors[0])
+    with determinism.deterministic(problem.deterministic):
+        ours = autograd(lambda *x: flash_attn_func(*x, **options), tensors, dout)
+    assert_gradients_accurate(
+        ours,
+        lambda q, k, v, *, dtype: attention(q, k, v, dtype=dtype, **options),
+        problem,
+        tensors,
+        dout,
+        label,
+    )
+
+
+def check_pack(problem: Problem, label=""):
+    """dq, dk and dv of flash_attn_varlen_func."""
+    tensors, options = problem.packed(), problem.options()
+    cu_q, cu_k = problem.cu_seqlens()
+    extents = (cu_q, cu_k, max(problem.lengths_q), max(problem.lengths_k))
+    dout = problem.upstream_gradient(tensors[0])
+    with determinism.deterministic(problem.deterministic):
+        ours = autograd(lambda *x: flash_attn_varlen_func(*x, *extents, **options), tensors, dout)
+    assert_gradients_accurate(
+        ours,
+        lambda q, k, v, *, dtype: attention_varlen(q, k, v, cu_q, cu_k, dtype=dtype, **options),
+        problem,
+        tensors,
+        dout,
+        label,
+    )

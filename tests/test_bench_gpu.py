@@ -1,0 +1,258 @@
+"""The GPU benchmark and the sanitizer run, without a GPU: what they check, read and print."""
+
+import copy
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend
+
+from benchmarks import bench_gpu, sanitize, sanitized_calls
+from benchmarks.cases import Case
+from benchmarks.gpu import cases, memory
+from benchmarks.gpu.attentions import ours, sdpa_on
+from benchmarks.gpu.tables import render
+from benchmarks.gpu.timing import disagreement, time_case
+
+ROOT = Path(__file__).resolve().parent.parent
+
+MACHINE = {"gpu": "NVIDIA Test", "versions": {"torch": "2.11"}, "date": "2026-01-02"}
+
+
+def time_row(kind="prefill", ours=100.0, standard=100.0, flash=120.0, **changes):
+    """A case of which every number is known: 1e9 flops in 100 us are 10 TFLOP/s."""
+    row = {
+        "case": f"{kind}-shape",
+        "kind": kind,
+        "flops": 1e9,
+        "bytes": 2e7,
+        "us": {
+            "sdpa_flash": [flash] * 3,
+            "sdpa_cudnn": None,
+            "deterministic": [ours] * 3,
+            "standard": [standard] * 3,
+        },
+        "speedup": [flash / ours] * 3,
+        "price": [ours / standard] * 3,
+        "missing": {"sdpa_cudnn": "no kernel"},
+    }
+    return row | changes
+
+
+def memory_row(mib, backward=False):
+    names = ("deterministic", "standard", "sdpa_flash")
+    return {
+        "case": "shape",
+        "why": "reference",
+        "backward": backward,
+        "mib": dict(zip(names, mib, strict=True)),
+        "missing": {},
+    }
+
+
+def record(*rows, memory=()):
+    return {**MACHINE, "digest": "0" * 64, "cases": list(rows), "memory": list(memory)}
+
+
+def line_of(text, beginning):
+    return next(line for line in text.splitlines() if line.startswith(beginning))
+
+
+def test_tables_say_what_was_measured():
+    text = render(record(time_row(), time_row("decode", case="decode-b1")))
+    assert line_of(text, "| shape") == (
+        "| shape | 100.0 | 100.0 | 120.0 | 10 | 1.20 | 1.000 (1.000..1.000) | PASS |"
+    )
+    assert "| 200 | 1.20 |" in line_of(text, "| b1"), "decode is counted in GB/s"
+    assert "cuDNN us" not in text, "a peer that never ran has no column"
+    assert "* SDPA cuDNN: no kernel (prefill-shape and 1 more)" in text
+    assert text.endswith("2 of 2 cases reach their targets.")
+
+
+@pytest.mark.parametrize(
+    ("row", "verdict"),
+    [
+        (time_row(ours=125.0, standard=125.0), "below target: speed < 1x"),
+        (time_row(ours=103.0), "below target: price > 1.02"),
+        (time_row(ours=102.0), "PASS"),
+        (time_row(us={"deterministic": None, "standard": None}, speedup=None), "not available"),
+    ],
+)
+def test_verdicts_on_time(row, verdict):
+    if row["us"]["deterministic"] is None:
+        row["price"] = None
+    text = render(record(row))
+    assert line_of(text, "| shape").endswith(f"| {verdict} |")
+    assert text.endswith(f"{int(verdict == 'PASS')} of 1 cases reach their targets.")
+
+
+@pytest.mark.parametrize(
+    ("mib", "backward", "verdict"),
+    [
+        ((64.0, 64.0, 1.0), False, "PASS"),
+        ((65.0, 65.0, 1.0), False, "below target: > 64 MiB"),
+        ((40.0, 30.0, 1.0), False, "below target: > standard"),
+        ((70.0, 70.0, 70.0), True, "PASS"),
+        ((72.0, 72.0, 70.0), True, "below target: > SDPA flash"),
+        ((None, None, 70.0), True, "not available"),
+    ],
+)
+def test_verdicts_on_memory(mib, backward, verdict):
+    text = render(record(memory=[memory_row(mib, backward)]))
+    assert line_of(text, "| reference").endswith(f"| {verdict} |")
+
+
+def test_render_needs_no_gpu(tmp_path):
+    """The command that README's tables come from."""
+    path = tmp_path / "bench.json"
+    path.write_text(json.dumps(record(time_row())))
+    command = [sys.executable, "-m", "benchmarks.bench_gpu", "--render", str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == render(record(time_row()))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*/bench.json")))
+def test_records_are_whole(path):
+    """A committed record of a GPU has every part; one cut short must not stand for a whole one."""
+    found = json.loads(path.read_text())
+    if "gpu" not in found:
+        return
+    measured = {row["kind"] for row in found["cases"]}
+    assert measured == set(cases.TIMED)
+    assert len(found["cases"]) == sum(map(len, cases.TIMED.values()))
+    assert len(found["memory"]) == len(cases.MEMORY)
+
+
+def test_disagreements_are_found():
+    """Non-finite positions come before any tolerance, and one wrong tile is seen."""
+    expected = torch.randn(1, 4096, 4, 64)
+    assert disagreement(expected.bfloat16(), expected) == ""
+    wrong = expected.clone()
+    wrong[0, 64:128, 1] = 0
+    assert disagreement(wrong, expected).startswith("off by")
+    wrong = expected.clone()
+    wrong[0, 5, 0, 0] = torch.inf
+    assert disagreement(wrong, expected) == "non-finite at 1 other places"
+    assert disagreement(wrong, wrong) == ""
+    assert disagreement(wrong[:, 1:], wrong).startswith("shape")
+
+
+CANDIDATES = [sdpa_on("sdpa_flash", SDPBackend.MATH), ours(True), ours(False)]
+
+
+def on_the_cpu(kind, candidates=CANDIDATES):
+    """A small case with a clock that tells the implementations apart by the order of turns."""
+    ticks = iter(range(1, 100))
+
+    def clock(call):
+        call()
+        return float(next(ticks))
+
+    case = Case(kind, 1, 65, 65, 2, 2, 64, torch.bfloat16, causal=True)
+    return time_case(case, candidates, device="cpu", clock=clock)
+
+
+@pytest.mark.parametrize("kind", ["prefill", "backward"])
+def test_a_case_is_compared_and_timed_in_turns(kind):
+    """Turns go forth and back: 1 2 3, 6 5 4, 7 8 9, ..."""
+    row = on_the_cpu(kind)
+    assert row["missing"] == {}
+    assert [row["us"][name][1] for name in ("sdpa_flash", "deterministic", "standard")] == [
+        7000.0,
+        8000.0,
+        9000.0,
+    ]
+    assert row["price"][1] == pytest.approx(14 / 15, abs=1e-4)  # of 2/3 5/4 8/9 11/10 14/15
+
+
+def test_a_refusal_is_recorded():
+    """Ours may not have a gradient yet, a peer may fail in any way: the rest is measured."""
+
+    def refuse(*_):
+        raise RuntimeError("flash_attn: not on this GPU\nmore")
+
+    def fail(*_):
+        raise AssertionError("a peer's own mistake")
+
+    refusing = [replace(attention, dense=refuse) for attention in CANDIDATES[1:]]
+    row = on_the_cpu("prefill", [CANDIDATES[0], *refusing])
+    assert row["us"]["deterministic"] is None and row["us"]["sdpa_flash"] is not None
+    assert row["missing"]["standard"] == "flash_attn: not on this GPU"
+    assert row["speedup"] is None and row["price"] is None
+
+    failing = replace(CANDIDATES[0], name="sdpa_cudnn", dense=fail)
+    row = on_the_cpu("prefill", [CANDIDATES[0], failing, *CANDIDATES[1:]])
+    assert row["missing"] == {"sdpa_cudnn": "a peer's own mistake"}
+    assert row["speedup"] is not None
+
+
+def test_a_wrong_result_is_never_timed():
+    wrong = replace(ours(True), dense=lambda q, k, v, causal: v.clone())
+    with pytest.raises(SystemExit, match="deterministic is wrong"):
+        on_the_cpu("prefill", [CANDIDATES[0], wrong])
+    peer = replace(wrong, name="fa3")
+    row = on_the_cpu("prefill", [*CANDIDATES, peer])
+    assert row["missing"]["fa3"].startswith("another result")
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("lengths", [(), (65, 16, 16)])
+def test_memory_cases_run(backward, lengths, monkeypatch):
+    """Everything but the allocator's counters, which a CPU has not."""
+    monkeypatch.setattr(memory, "beyond_results", lambda call: float(len(call())))
+    shape = Case("memory", 1, 65, 65, 4, 2, 64, torch.bfloat16, causal=True)
+    case = cases.MemoryCase("small", backward, shape, lengths)
+    row = memory.measure_memory(case, copy.copy(CANDIDATES), device="cpu")
+    tensors = 3.0 if backward else 1.0  # dq, dk, dv; out
+    assert row["mib"]["deterministic"] == row["mib"]["standard"] == tensors
+    if lengths:
+        assert row["missing"] == {"sdpa_flash": "has no packed batches"}
+        assert row["case"].endswith("-packed3")
+    else:
+        assert row["mib"]["sdpa_flash"] == tensors
+
+
+def test_without_a_gpu_it_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        bench_gpu.main([])
+    assert "needs a GPU" in capsys.readouterr().err
+
+
+SANITIZER_OUTPUT = """========= COMPUTE-SANITIZER
+========= Invalid __global__ read of size 16 bytes
+=========     at void fa::sm80::forward_kernel<fa::sm80::Rows>(fa::sm80::Launch)+0x70 in a.cuh:12
+=========     by thread (0,0,0) in block (1,0,0)
+=========
+========= Invalid __global__ read of size 4 bytes
+=========     at void at::native::fill_kernel(float *)+0x10
+=========     by thread (0,0,0) in block (0,0,0)
+=========
+left out: backward d=64: flash_attn: not on this GPU
+all calls returned
+========= ERROR SUMMARY: 2 errors
+"""
+
+
+def test_only_our_kernels_errors_count():
+    row = sanitize.judge("memcheck", 0, SANITIZER_OUTPUT, 1.0)
+    assert row["finished"] and row["errors"] == 1 and row["errors_of_all_kernels"] == 2
+    assert "forward_kernel" in row["reports"][0] and not sanitize.clean(row)
+    assert row["left_out"] == ["backward d=64: flash_attn: not on this GPU"]
+
+
+def test_a_tool_that_did_not_finish_is_not_clean():
+    without_summary = SANITIZER_OUTPUT.split("all calls returned")[0].replace("fa::", "")
+    row = sanitize.judge("racecheck", -9, without_summary, 1.0)
+    assert row["errors"] == 0 and not sanitize.clean(row)
+
+
+def test_sanitized_calls_run(monkeypatch, capsys):
+    """Every call is a legal one: the CPU answers them all."""
+    monkeypatch.setattr(sanitized_calls, "DEVICE", "cpu")
+    sanitized_calls.main()
+    assert capsys.readouterr().out == "all calls returned\n"

@@ -1,0 +1,211 @@
+"""The sm80 family's forward pass on a GPU: against float64, and against itself, byte for byte."""
+
+import pytest
+import torch
+
+from flash_attn import (
+    _native,
+    determinism,
+    flash_attn_func,
+    flash_attn_varlen_func,
+    flash_attn_with_kvcache,
+    reference,
+)
+from flash_attn.testing import assert_bitwise_equal
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = (torch.bfloat16, torch.float16)
+HEAD_DIMS = (8, 32, 33, 40, 64, 72, 96, 100, 127, 128, 129, 160, 192, 200, 255, 256)
+S = 1200  # crosses segments of 512, with a ragged end
+
+
+def normal(*shape, dtype=torch.bfloat16):
+    return torch.randn(*shape, device="cuda", dtype=dtype)
+
+
+def dense(d, h_q=4, h_kv=2, b=8, s=S):
+    return normal(b, s, h_q, d), normal(b, s, h_kv, d), normal(b, s, h_kv, d)
+
+
+def lengths(*values):
+    return torch.tensor(values, dtype=torch.int32, device="cuda")
+
+
+@pytest.fixture(autouse=True)
+def deterministic_mode():
+    determinism.set_deterministic(True)
+
+
+PROBLEMS = {  # b, s_q, s_k, h_q, h_kv and options
+    "causal": (2, 200, 200, 4, 2, {"causal": True}),
+    "decode": (1, 1, 1500, 8, 2, {}),
+    "window": (2, 130, 1111, 4, 4, {"window_size": (100, 50)}),
+    "more_queries": (1, 300, 77, 2, 1, {"causal": True}),
+    "softcap": (2, 64, 600, 6, 2, {"softcap": 5.0, "causal": True}),
+    "alibi": (1, 129, 700, 4, 2, {"alibi": True, "causal": True}),
+    "negative_scale": (1, 65, 300, 2, 2, {"softmax_scale": -0.3}),
+    "one_key": (3, 17, 1, 3, 1, {}),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", HEAD_DIMS)
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_accuracy(problem, d, dtype):
+    b, s_q, s_k, h_q, h_kv, options = PROBLEMS[problem]
+    options = dict(options)
+    if options.pop("alibi", False):
+        options["alibi_slopes"] = torch.rand(h_q, device="cuda")
+    q = normal(b, s_q, h_q, d, dtype=dtype)
+    k, v = normal(b, s_k, h_kv, d, dtype=dtype), normal(b, s_k, h_kv, d, dtype=dtype)
+    out, lse, _ = flash_attn_func(q, k, v, return_attn_probs=True, **options)
+    truth, true_lse = reference.attention(q, k, v, **options)
+    plain, plain_lse = reference.attention(q, k, v, dtype=dtype, **options)
+    reference.assert_accurate(out, truth, plain, label="out")
+    reference.assert_accurate(lse, true_lse, plain_lse, label="lse")
+
+
+@pytest.mark.parametrize("d", [64, 96, 128, 192, 256])
+def test_rows_do_not_depend_on_their_schedule(d):
+    q, k, v = dense(d)
+    full = flash_attn_func(q, k, v, causal=True)
+    assert_bitwise_equal(flash_attn_func(q, k, v, causal=True), full)
+    assert_bitwise_equal(flash_attn_func(q[3:4], k[3:4], v[3:4], causal=True), full[3:4])
+    assert_bitwise_equal(
+        flash_attn_func(q[:, :, :2], k[:, :, :1], v[:, :, :1], causal=True), full[:, :, :2]
+    )
+    for chunk in (1, 7, 16, 17, 53, 128, 300, 640):
+        tail = flash_attn_func(q[:, S - chunk :], k, v, causal=True)
+        assert_bitwise_equal(tail, full[:, S - chunk :])
+    for num_splits in (1, 2, 3, 8, 64):
+        for cut in (64, 700, S):
+            row = flash_attn_with_kvcache(
+                *(q[:, cut - 1 : cut], k, v),
+                cache_seqlens=lengths(*[cut] * 8),
+                causal=True,
+                num_splits=num_splits,
+            )
+            assert_bitwise_equal(row, full[:, cut - 1 : cut])
+
+
+def test_a_pack_with_a_gap_behind_it():
+    q, k, v = dense(64, b=1, s=900)
+    seqlens = (300, 1, 0, 513)
+    cu = lengths(0, *torch.tensor(seqlens).cumsum(0).tolist())
+    packed = [x[0] for x in (q, k, v)]
+    out, lse, _ = flash_attn_varlen_func(*packed, cu, cu, 513, 513, return_attn_probs=True)
+    begin = 0
+    for length in seqlens:
+        part = slice(begin, begin + length)
+        if length:
+            alone = flash_attn_func(*(x[:, part] for x in (q, k, v)))
+            assert_bitwise_equal(out[part], alone[0])
+        begin += length
+    assert not out[begin:].any() and torch.isposinf(lse[:, begin:]).all()
+
+
+@pytest.mark.parametrize("page_size", [16, 48, 256])
+@pytest.mark.parametrize("d", [64, 96, 128, 192, 256])
+def test_pages(d, page_size):
+    q, k, v = dense(d)
+    full = flash_attn_func(q, k, v, causal=True)
+    num_pages = -(-S // page_size)
+    table = torch.randperm(8 * num_pages, device="cuda").to(torch.int32).view(8, num_pages)
+    caches = [normal(8 * num_pages, page_size, 2, d).fill_(torch.nan) for _ in "kv"]
+    at = torch.arange(S, device="cuda")
+    for cache, rows in zip(caches, (k, v), strict=True):
+        for b in range(8):
+            cache[table[b, at // page_size].long(), at % page_size] = rows[b]
+    for s_q in (1, 5, 300):
+        out = flash_attn_with_kvcache(
+            *(q[:, S - s_q :], *caches),
+            cache_seqlens=lengths(*[S] * 8),
+            block_table=table,
+            causal=True,
+        )
+        assert_bitwise_equal(out, full[:, S - s_q :])
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_append_with_rotary_as_on_the_cpu(interleaved):
+    q, k, v = dense(64, b=3, s=5)
+    caches = [normal(4, 600, 2, 64) for _ in "kv"]
+    cos, sin = torch.rand(600, 16, device="cuda").bfloat16(), torch.rand(600, 16, device="cuda")
+    sin = sin.bfloat16()
+    options = {"causal": True, "rotary_interleaved": interleaved}
+    on_cpu = [x.cpu() for x in caches]
+    expected = flash_attn_with_kvcache(
+        *(q.cpu(), *on_cpu, k.cpu(), v.cpu(), cos.cpu(), sin.cpu()),
+        cache_seqlens=lengths(0, 77, 590).cpu(),
+        cache_batch_idx=lengths(3, 0, 2).cpu(),
+        **options,
+    )
+    out = flash_attn_with_kvcache(
+        *(q, *caches, k, v, cos, sin),
+        cache_seqlens=lengths(0, 77, 590),
+        cache_batch_idx=lengths(3, 0, 2),
+        **options,
+    )
+    for ours, theirs in zip(caches, on_cpu, strict=True):
+        assert_bitwise_equal(ours.cpu(), theirs)
+    torch.testing.assert_close(out.cpu(), expected, atol=0.02, rtol=0.02)
+
+
+def test_an_append_past_the_end_writes_nothing():
+    q, k, v = dense(64, b=1, s=3)
+    caches = [normal(1, 64, 2, 64) for _ in "kv"]
+    before = [x.clone() for x in caches]
+    flash_attn_with_kvcache(q, *caches, k, v, cache_seqlens=lengths(64), causal=True)
+    for ours, old in zip(caches, before, strict=True):
+        assert_bitwise_equal(ours, old)
+
+
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_partials_fold_to_the_same_bytes(d):
+    q, k, v = dense(d)
+    partials = determinism.forward_partials(q[:, -3:], k, v, causal=True)
+    out, _ = determinism.reduce_partials(partials, q.dtype)
+    assert_bitwise_equal(out, flash_attn_func(q[:, -3:], k, v, causal=True))
+
+
+def test_dropout_keeps_what_the_cpu_keeps():
+    q, k, v = (x.half() for x in dense(64, b=2, s=300))
+    scoring = _native.Scoring(0.125, causal=True, dropout_p=0.3)
+    seed = torch.tensor([1234, 5678])
+    on_cpu, *_, state = _native.forward(
+        *(x.cpu() for x in (q, k, v)), scoring, deterministic=True, seed=seed
+    )
+    out, *_, rng_state = _native.forward(q, k, v, scoring, deterministic=True, seed=seed.cuda())
+    assert torch.equal(rng_state.cpu(), state)
+    torch.testing.assert_close(out.cpu(), on_cpu, atol=3e-3, rtol=3e-3)
+
+
+def test_a_graph_follows_the_contents_of_cache_seqlens():
+    q, k, v = dense(128, s=2048)
+    cache_seqlens = lengths(*[2048] * 8)
+
+    def decode():
+        return flash_attn_with_kvcache(q[:, :1], k, v, cache_seqlens=cache_seqlens)
+
+    decode()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = decode()
+    for length in (1, 100, 1500, 2048):
+        cache_seqlens.fill_(length)
+        graph.replay()
+        assert_bitwise_equal(out, decode())
+
+
+def test_the_control_differs():
+    """In standard mode a decoded row depends on its batch, as it does upstream."""
+    q, k, v = dense(128, s=8192)
+    with determinism.deterministic(False):
+        together = flash_attn_func(q[:, :1], k, v)
+        alone = flash_attn_func(q[:1, :1], k[:1], v[:1])
+    assert not torch.equal(together[:1], alone)
+    assert_bitwise_equal(
+        flash_attn_func(q[:, :1], k, v)[:1], flash_attn_func(q[:1, :1], k[:1], v[:1])
+    )
