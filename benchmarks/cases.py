@@ -11,7 +11,7 @@ import torch
 class Case:
     """One attention problem. Letters: b s_q s_k h_q h_kv d."""
 
-    kind: str  # prefill: compute bound; decode: bound by reading keys and values
+    kind: str  # prefill, backward: compute bound; decode: bound by reading keys and values
     b: int
     s_q: int
     s_k: int
@@ -23,7 +23,7 @@ class Case:
 
     @property
     def dtype_name(self) -> str:
-        return {torch.float32: "fp32", torch.bfloat16: "bf16"}[self.dtype]
+        return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[self.dtype]
 
     @property
     def name(self) -> str:
@@ -33,11 +33,15 @@ class Case:
         return f"{self.kind}-{self.dtype_name}-{shape}{mask}"
 
     def flops(self) -> float:
-        """2 products (q.k, p.v) of s_q * s_k * d multiply-adds each; causal sees about half."""
+        """Products of s_q * s_k * d multiply-adds each; causal sees about half.
+
+        Two forward (q.k, p.v); five backward (q.k again, dout.v, and one for each gradient).
+        """
         visible = self.s_q * self.s_k
         if self.causal:
             visible -= self.s_q * (self.s_q - 1) // 2
-        return 4.0 * self.b * self.h_q * visible * self.d
+        products = 5 if self.kind == "backward" else 2
+        return 2.0 * products * self.b * self.h_q * visible * self.d
 
     def bytes(self) -> float:
         """Keys and values read once, queries read and output written once."""

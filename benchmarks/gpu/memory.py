@@ -1,0 +1,78 @@
+"""Memory that a call takes for itself: the allocator's peak beyond inputs and outputs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.attentions import Attention
+from benchmarks.gpu.cases import MemoryCase
+
+
+def beyond_results(call: Callable[[], tuple[Tensor, ...]]) -> float:
+    """Mebibytes at the peak of a call, less what was there before and what it returns."""
+    call()  # what a library allocates once and keeps is not this call's
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    results = call()
+    peak = torch.cuda.max_memory_allocated()
+    returned = sum(x.numel() * x.element_size() for x in results)
+    return round((peak - before - returned) / 2**20, 2)
+
+
+def forward(attention: Attention, case: MemoryCase, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The forward pass of a case, on tensors of this implementation's own layout."""
+    if not case.lengths:
+        return attention.dense(q, k, v, case.shape.causal)
+    if attention.packed is None:
+        raise NotImplementedError("has no packed batches")
+    ends = [0, *itertools.accumulate(case.lengths)]
+    cu_seqlens = torch.tensor(ends, dtype=torch.int32, device=q.device)
+    return attention.packed(q, k, v, cu_seqlens, max(case.lengths))
+
+
+def scratch(attention: Attention, case: MemoryCase, tensors: tuple[Tensor, ...]) -> float:
+    q, k, v = (attention.own_layout(x) if x.dim() == 4 else x for x in tensors)
+    if not case.backward:
+        with torch.no_grad():
+            return beyond_results(lambda: (forward(attention, case, q, k, v),))
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    out = forward(attention, case, *leaves)
+    dout = torch.ones_like(out)
+    return beyond_results(lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True))
+
+
+def measure_memory(
+    case: MemoryCase, candidates: list[Attention], device: str = "cuda"
+) -> dict[str, Any]:
+    """One row of the record."""
+    shape = case.shape
+    q_shape: tuple[int, ...] = (shape.b, shape.s_q, shape.h_q, shape.d)
+    k_shape: tuple[int, ...] = (shape.b, shape.s_k, shape.h_kv, shape.d)
+    if case.lengths:
+        q_shape, k_shape = ((sum(case.lengths), h, shape.d) for h in (shape.h_q, shape.h_kv))
+    tensors = tuple(
+        torch.zeros(size, dtype=shape.dtype, device=device) for size in (q_shape, k_shape, k_shape)
+    )
+    mib: dict[str, float | None] = {}
+    missing: dict[str, str] = {}
+    for attention in candidates:
+        mib[attention.name], reason = attention.attempt(
+            lambda a=attention: scratch(a, case, tensors)  # type: ignore[misc]
+        )
+        if reason:
+            missing[attention.name] = reason
+        torch.cuda.empty_cache()  # the next one's copies may need the room in one piece
+    packed = f"-packed{len(case.lengths)}" if case.lengths else ""
+    return {
+        "case": shape.name.removeprefix("memory-") + packed,
+        "why": case.why,
+        "backward": case.backward,
+        "mib": mib,
+        "missing": missing,
+    }
