@@ -25,9 +25,9 @@ INSTANTIATIONS = [
 SOURCES = [f"csrc/instantiations/{name}.cu" for name in INSTANTIATIONS]
 SOURCES += [f"csrc/sm80/{name}.cu" for name in ("append", "backward", "dmask", "fold", "forward")]
 
-# Bytes of registers that the compiler keeps in memory, where it cannot do without: values that do not
-# change inside a loop, read back once a block. More than these is a kernel that has outgrown its
-# registers, and so is any other kernel with some.
+# Bytes of registers that the compiler keeps in memory where it cannot do without: values that do
+# not change inside a loop, read back once a block. More than these is a kernel that has outgrown
+# its registers, and so is any other kernel with some.
 SPILLED_BYTES = {
     "sm80_forward_d128_bf16_many_plain": 80,
     "sm80_backward_d64_bf16_keys_plain": 72,
