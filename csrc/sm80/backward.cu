@@ -71,7 +71,7 @@ void backward(BackwardParams const& call, void* stream) {
   auto const on = static_cast<cudaStream_t>(stream);
   LayoutParams const& layout = call.layout;
   check_positions(layout);
-  BackwardLaunch launch{call, cuda::ScoreScale::of(call.score), 0, layout.d % 8 == 0};
+  BackwardLaunch launch{call, cuda::ScoreScale::of(call.score), 0, 1, layout.d % 8 == 0};
   for (RowTensor const* t : {&call.q, &call.k, &call.v, &call.dout, &call.dq, &call.dk, &call.dv}) {
     launch.aligned = launch.aligned && on_sixteen_bytes(*t);
   }

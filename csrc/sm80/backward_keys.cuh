@@ -6,6 +6,7 @@
 
 #include "csrc/sm80/backward_scores.cuh"
 #include "csrc/sm80/backward_traits.h"
+#include "csrc/sm80/order.h"
 
 namespace fa::sm80 {
 
@@ -29,11 +30,11 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksAProcessor) void k
   LayoutParams const& layout = call.layout;
   int const warp = threadIdx.x / 32, lane = threadIdx.x % 32, d = static_cast<int>(layout.d);
 
-  // Heads share nothing and vary fastest; early keys are seen by more queries and go first.
   int const h_kv = static_cast<int>(layout.h_kv), b = static_cast<int>(layout.b);
-  int const head_kv = static_cast<int>(blockIdx.x) % h_kv;
-  int const batch = static_cast<int>(blockIdx.x) / h_kv % b;
-  int const tile = static_cast<int>(blockIdx.x) / h_kv / b;
+  Place const place =
+      place_of(static_cast<int>(blockIdx.x), h_kv * b, launch.tiles, launch.section);
+  int const head_kv = place.head % h_kv, batch = place.head / h_kv;
+  int const tile = place.rank;  // early keys are seen by more queries
   int const group = static_cast<int>(layout.h_q / layout.h_kv);
   Sequence const s = sequence_of(layout, batch);
   int const s_q = static_cast<int>(s.s_q), s_k = static_cast<int>(s.s_k);

@@ -8,11 +8,15 @@
 
 namespace fa::sm80 {
 
+// A tile for each kRows of `length` rows, of each of `heads` heads, which all read the same
+// `read_again` rows of two tensors.
 template <class Traits>
 void launch_tiles(void (*kernel)(BackwardLaunch), int shared_bytes, int64_t heads, int64_t length,
-                  BackwardLaunch launch, cudaStream_t stream) {
-  launch.tiles = (length + Traits::kRows - 1) / Traits::kRows;
-  int64_t const blocks = launch.tiles * heads * launch.call.layout.b;
+                  int64_t read_again, BackwardLaunch launch, cudaStream_t stream) {
+  heads *= launch.call.layout.b;
+  launch.tiles = static_cast<int>((length + Traits::kRows - 1) / Traits::kRows);
+  launch.section = heads_a_section(read_again * Traits::kD * 4, heads);
+  int64_t const blocks = launch.tiles * heads;
   if (blocks == 0) return;
   constexpr int kDefaultBytes = 48 * 1024;
   if (shared_bytes > kDefaultBytes) {
@@ -26,19 +30,24 @@ void launch_tiles(void (*kernel)(BackwardLaunch), int shared_bytes, int64_t head
 template <class Traits>
 void launch_query_tiles(BackwardLaunch const& launch, cudaStream_t stream) {
   constexpr int kBytes = Traits::kTensorBytes + static_cast<int>(sizeof(QueryTileShared<Traits>));
-  launch_tiles<Traits>(query_tile_kernel<Traits>, kBytes, launch.call.layout.h_q,
-                       launch.call.layout.s_q, launch, stream);
+  LayoutParams const& layout = launch.call.layout;
+  launch_tiles<Traits>(query_tile_kernel<Traits>, kBytes, layout.h_q, layout.s_q, layout.s_k,
+                       launch, stream);
 }
 
 template <class Traits>
 void launch_key_tiles(BackwardLaunch const& launch, cudaStream_t stream) {
   constexpr int kBytes = Traits::kTensorBytes + static_cast<int>(sizeof(KeyTileShared<Traits>));
-  int64_t const h_kv = launch.call.layout.h_kv, s_k = launch.call.layout.s_k;
+  LayoutParams const& layout = launch.call.layout;
+  auto const run = [&](auto kernel) {
+    launch_tiles<Traits>(kernel, kBytes, layout.h_kv, layout.s_k,
+                         layout.s_q * (layout.h_q / layout.h_kv), launch, stream);
+  };
   if constexpr (Traits::kOneAfterTheOther) {
-    launch_tiles<Traits>(key_tile_kernel<Traits, true, false>, kBytes, h_kv, s_k, launch, stream);
-    launch_tiles<Traits>(key_tile_kernel<Traits, false, true>, kBytes, h_kv, s_k, launch, stream);
+    run(key_tile_kernel<Traits, true, false>);
+    run(key_tile_kernel<Traits, false, true>);
   } else {
-    launch_tiles<Traits>(key_tile_kernel<Traits, true, true>, kBytes, h_kv, s_k, launch, stream);
+    run(key_tile_kernel<Traits, true, true>);
   }
 }
 

@@ -4,6 +4,7 @@
 #include "csrc/sm80/backward_scores.cuh"
 #include "csrc/sm80/backward_traits.h"
 #include "csrc/sm80/key_tiles.cuh"
+#include "csrc/sm80/order.h"
 
 namespace fa::sm80 {
 
@@ -26,11 +27,10 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksAProcessor) void q
   LayoutParams const& layout = call.layout;
   int const warp = threadIdx.x / 32, lane = threadIdx.x % 32, d = static_cast<int>(layout.d);
 
-  // Heads share little and vary fastest; late tiles see more keys and go first.
   int const h_q = static_cast<int>(layout.h_q), b = static_cast<int>(layout.b);
-  int const head = static_cast<int>(blockIdx.x) % h_q;
-  int const batch = static_cast<int>(blockIdx.x) / h_q % b;
-  int const tile = static_cast<int>(launch.tiles) - 1 - static_cast<int>(blockIdx.x) / h_q / b;
+  Place const place = place_of(static_cast<int>(blockIdx.x), h_q * b, launch.tiles, launch.section);
+  int const head = place.head % h_q, batch = place.head / h_q;
+  int const tile = launch.tiles - 1 - place.rank;  // late tiles see more keys
   Sequence const s = sequence_of(layout, batch);
   int const s_q = static_cast<int>(s.s_q), s_k = static_cast<int>(s.s_k);
   int const first_row = tile * Traits::kRows, warp_row = warp * kWarpRows;

@@ -25,6 +25,7 @@ struct ForwardPlan {
   int64_t pieces = 1;        // parts that a tile's segments are cut into to run side by side
   Segmentation segmentation;
   int64_t work = 0;    // tiles of the call, times pieces
+  int section = 1;     // heads that are worked on together
   int64_t blocks = 0;  // thread blocks; with fewer than work, each takes the next when it is free
   int64_t scratch_floats = 0;
 };
@@ -56,8 +57,9 @@ void write_dmask(ForwardParams const& call, void* stream);
 struct BackwardLaunch {
   BackwardParams call;
   cuda::ScoreScale scale;
-  int64_t tiles;  // of the longest sequence: of queries, or of keys
-  bool aligned;   // every row lies on sixteen bytes
+  int tiles;     // of the longest sequence: of queries, or of keys
+  int section;   // heads that are worked on together
+  bool aligned;  // every row lies on sixteen bytes
 };
 
 // delta, then dQ, then dK and dV, with nothing in memory beside them.

@@ -6,6 +6,7 @@
 #include "csrc/sm80/addresses.h"
 #include "csrc/sm80/fold.h"
 #include "csrc/sm80/forward_launch.h"
+#include "csrc/sm80/order.h"
 
 namespace fa::sm80 {
 namespace {
@@ -83,6 +84,9 @@ ForwardPlan plan_forward(ForwardParams const& params, int64_t num_multiprocessor
   int64_t const partial_floats = plan.num_segments * partial_rows(layout) * (layout.d + 2);
   plan.pieces = pieces < 1 || partial_floats > kMaxPartialFloats ? 1 : pieces;
   plan.work = plan.blocks = tiles * plan.pieces;
+  // Pieces share no keys, and late ones, which are longer, go first among all heads.
+  int64_t const bytes = plan.pieces > 1 ? 0 : 4 * layout.s_k * bucket;
+  plan.section = heads_a_section(bytes, layout.h_kv * layout.b);
   if (plan.pieces > 1) {
     plan.scratch_floats = partial_floats;
   } else if (plan.num_segments > 1) {

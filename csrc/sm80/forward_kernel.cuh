@@ -10,6 +10,7 @@
 #include "csrc/sm80/family.h"
 #include "csrc/sm80/forward_rows.cuh"
 #include "csrc/sm80/key_tiles.cuh"
+#include "csrc/sm80/order.h"
 
 namespace fa::sm80 {
 
@@ -64,17 +65,17 @@ struct ForwardBlock {
     }
   }
 
-  // Heads share nothing and vary fastest; late rows see more keys and late segments are longer, so
-  // both go first.
+  // Late rows see more keys and late segments are longer, so both go first.
   __device__ void find_place(int work) {
     if (threadIdx.x == 0) {
       int const h_kv = static_cast<int>(call.layout.h_kv), b = static_cast<int>(call.layout.b);
       int const tiles = static_cast<int>(launch.plan.tiles);
-      int const head_kv = work % h_kv, batch = work / h_kv % b;
+      int const pieces = static_cast<int>(launch.plan.pieces);
+      Place const place = place_of(work, h_kv * b, tiles * pieces, launch.plan.section);
+      int const head_kv = place.head % h_kv, batch = place.head / h_kv;
       shared.head_kv = head_kv, shared.batch = batch;
-      work = work / h_kv / b;
-      shared.tile = tiles - 1 - work % tiles;
-      shared.piece = static_cast<int>(launch.plan.pieces) - 1 - work / tiles;
+      shared.tile = tiles - 1 - place.rank % tiles;
+      shared.piece = pieces - 1 - place.rank / tiles;
       Sequence const s = sequence_of(call.layout, batch);
       shared.num_rows = static_cast<int>(s.s_q) * launch.group;
       shared.keys.set(call.layout, call.k, s, head_kv, launch.aligned);
