@@ -209,3 +209,16 @@ def test_the_control_differs():
     assert_bitwise_equal(
         flash_attn_func(q[:, :1], k, v)[:1], flash_attn_func(q[:1, :1], k[:1], v[:1])
     )
+
+
+def test_a_short_sequence_has_no_more_splits_than_the_longest():
+    """Partials are laid out for the longest: five splits of 257 keys once ran past them."""
+    seqlens_q, seqlens_k = (1, 1, 1, 1, 171), (1, 1, 0, 385, 257)
+    cu_q, cu_k = (lengths(0, *torch.tensor(x).cumsum(0).tolist()) for x in (seqlens_q, seqlens_k))
+    q = normal(sum(seqlens_q), 9, 64)
+    k, v = normal(sum(seqlens_k), 3, 64), normal(sum(seqlens_k), 3, 64)
+    with determinism.deterministic(False):
+        out, lse, _ = flash_attn_varlen_func(q, k, v, cu_q, cu_k, 171, 385, return_attn_probs=True)
+    expected = flash_attn_varlen_func(q, k, v, cu_q, cu_k, 171, 385, return_attn_probs=True)
+    torch.testing.assert_close(out, expected[0], atol=0.02, rtol=0.02)
+    torch.testing.assert_close(lse, expected[1], atol=1e-4, rtol=1e-4)

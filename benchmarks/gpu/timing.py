@@ -43,7 +43,11 @@ def as_graph(call: Callable[[], Any]) -> Callable[[], Any]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    return graph.replay
+
+    def replay(_kept: Any = call) -> None:  # the graph reads the call's tensors, and owns none
+        graph.replay()
+
+    return replay
 
 
 def disagreement(actual: Tensor, expected: Tensor) -> str:
