@@ -1,5 +1,7 @@
 """The sm80 family's forward pass on a GPU: against float64, and against itself, byte for byte."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from flash_attn import (
     flash_attn_with_kvcache,
     reference,
 )
-from flash_attn.testing import assert_bitwise_equal
+from flash_attn.testing import assert_bitwise_equal, poison_free_memory
 
 pytestmark = pytest.mark.gpu
 
@@ -103,6 +105,53 @@ def test_a_pack_with_a_gap_behind_it():
             assert_bitwise_equal(out[part], alone[0])
         begin += length
     assert not out[begin:].any() and torch.isposinf(lse[:, begin:]).all()
+
+
+def assert_defined_as_on_the_cpu(q, k, packing=_native.DENSE, **options):
+    """All that a forward pass hands out, NaN in the memory that it gets."""
+    scoring, seed = _native.Scoring(0.125, dropout_p=0.3), torch.tensor([1234, 5678])
+    options |= {"return_softmax": True}
+    on_cpu = dataclasses.replace(
+        packing, **{n: x.cpu() for n, x in vars(packing).items() if torch.is_tensor(x)}
+    )
+    expected = _native.forward(*(x.cpu() for x in (q, k, k)), scoring, on_cpu, seed=seed, **options)
+    poison_free_memory("cuda")
+    results = _native.forward(q, k, k, scoring, packing, seed=seed.cuda(), **options)
+    for name, ours, theirs in zip(
+        ("out", "lse", "S_dmask", "rng_state"), results, expected, strict=True
+    ):
+        assert_bitwise_equal(ours.cpu(), theirs, name)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize(
+    "ends,tokens,longest",
+    [((0, 0), 9, 0), ((), 9, 0), ((0, 0), 0, 5)],
+    ids=["no_queries", "no_sequences", "no_tokens"],
+)
+def test_a_pack_without_queries(ends, tokens, longest, deterministic):
+    """Every token that there is lies behind the last sequence."""
+    packing = _native.Packing(lengths(0, *ends), lengths(0, *ends), longest, 7)
+    q, k = normal(tokens, 4, 64), normal(7, 2, 64)
+    assert_defined_as_on_the_cpu(q, k, packing, deterministic=deterministic)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("b,s_q", [(2, 0), (0, 3)])
+@pytest.mark.parametrize("num_splits", [0, 4])
+def test_a_batch_without_queries(num_splits, b, s_q, deterministic):
+    q, k = normal(b, s_q, 4, 64), normal(b, S, 2, 64)
+    assert_defined_as_on_the_cpu(q, k, deterministic=deterministic, num_splits=num_splits)
+
+
+@pytest.mark.parametrize("longest", [513, 0])
+def test_partials_are_all_that_is_written(longest):
+    """Not zeros into the tokens behind a pack: out, which the kernel is given, is q."""
+    q, k, v = (x[0] for x in dense(64, b=1))
+    cu, before = lengths(0, longest), q.clone()
+    extents = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": longest, "max_seqlen_k": 513}
+    determinism.forward_partials(q, k, v, **extents)
+    assert_bitwise_equal(q, before)
 
 
 @pytest.mark.parametrize("page_size", [16, 48, 256])

@@ -7,6 +7,7 @@
 #include "csrc/sm80/fold.h"
 #include "csrc/sm80/forward_launch.h"
 #include "csrc/sm80/order.h"
+#include "csrc/sm80/rest.cuh"
 
 namespace fa::sm80 {
 namespace {
@@ -14,6 +15,7 @@ namespace {
 constexpr int64_t kFewRows = 16;
 constexpr int64_t kMaxPieces = 128;
 constexpr int64_t kMaxPartialFloats = 8 * 1024 * 1024;  // 32 MiB; more segments run in sequence
+constexpr int kRestThreads = 128, kRestParts = 32;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -50,6 +52,19 @@ Launch with_head_dim(int64_t d, bool few, bool features) {
 int64_t partial_rows(LayoutParams const& layout) {
   return layout.cu_seqlens_q ? layout.h_q * layout.lse_head_stride
                              : layout.b * layout.lse_batch_stride;
+}
+
+// For a call without a tile.
+__global__ __launch_bounds__(kRestThreads) void rest_kernel(
+    __grid_constant__ ForwardLaunch const launch) {
+  int const h_kv = static_cast<int>(launch.call.layout.h_kv), block = static_cast<int>(blockIdx.x);
+  write_the_rest(launch, block % h_kv, block / h_kv, kRestParts);
+}
+
+void launch_rest(ForwardLaunch const& launch, cudaStream_t stream) {
+  auto const blocks = static_cast<unsigned>(launch.call.layout.h_kv * kRestParts);
+  rest_kernel<<<blocks, kRestThreads, 0, stream>>>(launch);
+  cuda::check(cudaGetLastError());
 }
 
 }  // namespace
@@ -107,6 +122,8 @@ void forward(ForwardParams const& call, ForwardPlan const& plan, float* scratch,
   auto const on = static_cast<cudaStream_t>(stream);
   bool const hands_on = call.partials.out != nullptr;
   launch.partials = hands_on || plan.pieces > 1;
+  if (hands_on) launch.call.lse = nullptr;  // partials are all that is written
+  if (plan.work == 0) return launch_rest(launch, on);
   if (hands_on) {
     launch.plan.blocks = plan.work;
   } else if (plan.pieces > 1) {
@@ -127,7 +144,7 @@ void forward(ForwardParams const& call, ForwardPlan const& plan, float* scratch,
   auto const run = call.dtype == DType::kFloat16
                        ? with_head_dim<__half>(d, plan.few_rows, features)
                        : with_head_dim<__nv_bfloat16>(d, plan.few_rows, features);
-  if (plan.work > 0) run(launch, on);
+  run(launch, on);
   if (launch.partials && !hands_on) launch_fold(launch, on);
 }
 

@@ -11,6 +11,7 @@
 #include "csrc/sm80/forward_rows.cuh"
 #include "csrc/sm80/key_tiles.cuh"
 #include "csrc/sm80/order.h"
+#include "csrc/sm80/rest.cuh"
 
 namespace fa::sm80 {
 
@@ -251,26 +252,10 @@ struct ForwardBlock {
     }
   }
 
-  // What no tile writes: rng_state, and tokens after the last sequence of a pack.
+  // The first pieces of the last sequence's tiles share it.
   __device__ void write_the_rest() const {
-    int const tile = shared.tile, head_kv = shared.head_kv, batch = shared.batch;
-    bool const first = tile == 0 && head_kv == 0 && batch == 0 && shared.piece == 0;
-    if (first && threadIdx.x < 2 && call.rng_state) {
-      int64_t const drawn = call.score.seed ? call.score.seed[threadIdx.x] : 0;
-      int64_t const mode = threadIdx.x == 1 && call.plan.deterministic ? kDeterministicBit : 0;
-      call.rng_state[threadIdx.x] = drawn | mode;
-    }
-    if (!call.layout.cu_seqlens_q || shared.piece != 0 || batch + 1 < call.layout.b) return;
-    Sequence const s = sequence();
-    int64_t const total = call.layout.lse_head_stride;
-    for (int64_t token = s.first_query + s.s_q + tile; token < total; token += launch.plan.tiles) {
-      for (int head = head_kv * launch.group; head < (head_kv + 1) * launch.group; ++head) {
-        uint16_t* const row = static_cast<uint16_t*>(call.out.data) + token * call.out.row_stride +
-                              head * call.out.head_stride;
-        for (int i = threadIdx.x; i < call.layout.d; i += Traits::kThreads) row[i] = 0;
-        if (threadIdx.x == 0) call.lse[head * total + token] = INFINITY;
-      }
-    }
+    if (shared.piece != 0 || shared.batch + 1 < call.layout.b) return;
+    sm80::write_the_rest(launch, shared.head_kv, shared.tile, static_cast<int>(launch.plan.tiles));
   }
 };
 
