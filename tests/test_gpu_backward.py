@@ -221,6 +221,24 @@ def test_rows_behind_a_pack_have_no_gradient(d):
         assert torch.count_nonzero(gradient[200:]) == 0 and gradient.isfinite().all()
 
 
+@pytest.mark.slow
+def test_a_pack_may_be_far_smaller_than_its_longest_sequence_says():
+    """b * max_seqlen_q is 2^33 + 2^17: with four rows a thread block, more blocks than a line of a
+    grid holds.
+    """
+    b = 2**16 + 1
+    q, k, v = (torch.randn(n * b, 1, 16, device=DEVICE).bfloat16() for n in (1, 3, 3))
+    dout = torch.randn_like(q)
+    cu_q = torch.arange(b + 1, device=DEVICE, dtype=torch.int32)
+
+    def gradients(longest):
+        return autograd(
+            lambda *x: flash_attn_varlen_func(*x, cu_q, 3 * cu_q, longest, 3), (q, k, v), dout
+        )
+
+    assert_same(gradients(2**17), gradients(1))
+
+
 @pytest.mark.parametrize("d", [64, 128, 256])
 def test_dropout_repeats(d):
     """The same seed gives the same gradients; another one, the control, gives others."""

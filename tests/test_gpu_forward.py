@@ -20,6 +20,7 @@ pytestmark = pytest.mark.gpu
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_DIMS = (8, 32, 33, 40, 64, 72, 96, 100, 127, 128, 129, 160, 192, 200, 255, 256)
 S = 1200  # crosses segments of 512, with a ragged end
+MANY = 70_000  # sequences; a grid holds 65,535 in its second and in its third dimension
 
 
 def normal(*shape, dtype=torch.bfloat16):
@@ -152,6 +153,39 @@ def test_partials_are_all_that_is_written(longest):
     extents = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": longest, "max_seqlen_k": 513}
     determinism.forward_partials(q, k, v, **extents)
     assert_bitwise_equal(q, before)
+
+
+def test_a_fold_of_many_sequences():
+    """Two pieces of three segments each, whose partials just fit."""
+    q, k, v = normal(MANY, 1, 2, 16), normal(8, 1100, 1, 16), normal(8, 1100, 1, 16)
+    rows = torch.randint(8, (MANY,), device="cuda", dtype=torch.int32)
+    schedule = {"device": q.device, "deterministic": True, "num_splits": 2}
+    assert _native.plan(q, k, _native.DENSE, **schedule).pieces == 2
+
+    def decode(part):
+        options = {"cache_batch_idx": rows[part], "num_splits": 2, "return_softmax_lse": True}
+        return flash_attn_with_kvcache(q[part], k, v, **options)
+
+    whole = decode(slice(None))
+    for part in (slice(0, MANY // 2), slice(MANY // 2, None)):
+        for name, alone, together in zip(("out", "lse"), decode(part), whole, strict=True):
+            assert_bitwise_equal(together[part], alone, name)
+
+
+def test_s_dmask_of_many_sequences():
+    """Each column of out shows one key, and so what was dropped: that depends on the batch index,
+    |S_dmask| does not.
+    """
+    q, k = normal(MANY, 1, 1, 16), normal(MANY, 16, 1, 16)
+    v = torch.eye(16, device="cuda", dtype=q.dtype)[:, None].expand(MANY, 16, 1, 16)
+
+    def attend(part):
+        return flash_attn_func(q[part], k[part], v[part], 0.5, return_attn_probs=True)
+
+    out, _, s_dmask = attend(slice(None))
+    assert torch.equal(s_dmask[:, 0, 0, :16] > 0, out[:, 0, 0] > 0)
+    last = slice(MANY - 10_000, None)
+    assert_bitwise_equal(s_dmask[last].abs(), attend(last)[2].abs())
 
 
 @pytest.mark.parametrize("page_size", [16, 48, 256])

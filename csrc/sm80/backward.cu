@@ -17,7 +17,8 @@ __global__ __launch_bounds__(32 * kWarps) void delta_kernel(
     __grid_constant__ BackwardParams const call) {
   LayoutParams const& layout = call.layout;
   int const lane = threadIdx.x % 32;
-  int64_t const index = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+  int64_t const block = int64_t{blockIdx.y} * gridDim.x + blockIdx.x;
+  int64_t const index = block * kWarps + threadIdx.x / 32;
   int64_t const head = index % layout.h_q, query = index / layout.h_q % layout.s_q;
   int64_t const batch = index / layout.h_q / layout.s_q;
   if (batch >= layout.b) return;
@@ -79,7 +80,12 @@ void backward(BackwardParams const& call, void* stream) {
   int64_t const rows = layout.b * layout.s_q * layout.h_q;
   if (rows > 0) {
     auto const kernel = half ? delta_kernel<__half> : delta_kernel<__nv_bfloat16>;
-    kernel<<<static_cast<unsigned>((rows + kWarps - 1) / kWarps), 32 * kWarps, 0, on>>>(call);
+    // b * s_q of a ragged pack is more than its tokens, and may be more than a line of blocks.
+    constexpr int64_t kLine = 0x7fffffff;
+    int64_t const blocks = (rows + kWarps - 1) / kWarps, lines = (blocks + kLine - 1) / kLine;
+    dim3 const grid(static_cast<unsigned>((blocks + lines - 1) / lines),
+                    static_cast<unsigned>(lines));
+    kernel<<<grid, 32 * kWarps, 0, on>>>(call);
     cuda::check(cudaGetLastError());
   }
   bool const features = launch.scale.shaped || launch.scale.drops || !launch.aligned;

@@ -28,13 +28,16 @@ __global__ __launch_bounds__(32 * kWarps) void dmask_kernel(
     __grid_constant__ ForwardParams const call, ScoreScale const scale) {
   LayoutParams const& layout = call.layout;
   int const lane = threadIdx.x % 32, d = static_cast<int>(layout.d);
-  int const batch = blockIdx.z, head = blockIdx.y;
-  int const query = static_cast<int>(blockIdx.x) * kWarps + threadIdx.x / 32;
+  int64_t const index = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+  int const head = static_cast<int>(index % layout.h_q);
+  int const query = static_cast<int>(index / layout.h_q % layout.s_q);
+  int64_t const batch = index / layout.h_q / layout.s_q;
+  if (batch >= layout.b) return;
   Sequence const s = sequence_of(layout, batch);
   if (query >= s.s_q) return;
   int const group = static_cast<int>(layout.h_q / layout.h_kv);
-  RowView const row =
-      view_row(call.score, s, batch, head / group, group, query * group + head % group);
+  RowView const row = view_row(call.score, s, static_cast<int>(batch), head / group, group,
+                               query * group + head % group);
   auto const* const q = reinterpret_cast<Element const*>(query_row(call.q, s, query, head, 2));
   KeyRows const keys = key_rows(call.k, layout, s, head / group, 2);
   auto const score = [&](int key) {
@@ -62,13 +65,12 @@ __global__ __launch_bounds__(32 * kWarps) void dmask_kernel(
 }  // namespace
 
 void write_dmask(ForwardParams const& call, void* stream) {
-  dim3 const grid(static_cast<unsigned>((call.layout.s_q + kWarps - 1) / kWarps),
-                  static_cast<unsigned>(call.layout.h_q), static_cast<unsigned>(call.layout.b));
-  if (grid.x == 0) return;
+  int64_t const rows = call.layout.b * call.layout.s_q * call.layout.h_q;
+  if (rows == 0) return;
   auto const kernel =
       call.dtype == DType::kFloat16 ? dmask_kernel<__half> : dmask_kernel<__nv_bfloat16>;
-  kernel<<<grid, 32 * kWarps, 0, static_cast<cudaStream_t>(stream)>>>(call,
-                                                                      ScoreScale::of(call.score));
+  kernel<<<static_cast<unsigned>((rows + kWarps - 1) / kWarps), 32 * kWarps, 0,
+           static_cast<cudaStream_t>(stream)>>>(call, ScoreScale::of(call.score));
   fa::cuda::check(cudaGetLastError());
 }
 

@@ -17,11 +17,12 @@ __global__ __launch_bounds__(32 * kWarps) void fold_kernel(
   ForwardParams const& call = launch.call;
   PartialBuffers const& partials = call.partials;
   int const lane = threadIdx.x % 32, d = static_cast<int>(call.layout.d);
-  int64_t const batch = blockIdx.y;
+  int64_t const index = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+  int64_t const head = index % call.layout.h_q, query = index / call.layout.h_q % call.layout.s_q;
+  int64_t const batch = index / call.layout.h_q / call.layout.s_q;
+  if (batch >= call.layout.b) return;
   Sequence const sequence = sequence_of(call.layout, batch);
-  int64_t const flat = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
-  if (flat >= sequence.s_q * call.layout.h_q) return;
-  int64_t const query = flat / call.layout.h_q, head = flat % call.layout.h_q;
+  if (query >= sequence.s_q) return;
   int64_t const row = sequence.lse_base + head * call.layout.lse_head_stride + query;
 
   Segmentation const segmentation = launch.plan.segmentation;
@@ -75,14 +76,12 @@ __global__ __launch_bounds__(32 * kWarps) void fold_kernel(
 
 void launch_fold(ForwardLaunch const& launch, cudaStream_t stream) {
   LayoutParams const& layout = launch.call.layout;
-  int64_t const rows = layout.s_q * layout.h_q;
-  dim3 const grid(static_cast<unsigned>((rows + kWarps - 1) / kWarps),
-                  static_cast<unsigned>(layout.b));
+  int64_t const rows = layout.b * layout.s_q * layout.h_q;
   bool const half = launch.call.dtype == DType::kFloat16;
   auto kernel = half ? fold_kernel<__half, 8> : fold_kernel<__nv_bfloat16, 8>;
   if (layout.d <= 128) kernel = half ? fold_kernel<__half, 4> : fold_kernel<__nv_bfloat16, 4>;
   if (layout.d <= 64) kernel = half ? fold_kernel<__half, 2> : fold_kernel<__nv_bfloat16, 2>;
-  kernel<<<grid, 32 * kWarps, 0, stream>>>(launch);
+  kernel<<<static_cast<unsigned>((rows + kWarps - 1) / kWarps), 32 * kWarps, 0, stream>>>(launch);
   fa::cuda::check(cudaGetLastError());
 }
 
