@@ -52,8 +52,8 @@ format: $(DEV_TOOLS)  ## rewrite sources as lint wants them
 bench: build  ## speed against PyTorch's attention: python -m benchmarks.bench_attention $(ARGS)
 	$(BIN)/python -m benchmarks.bench_attention $(ARGS)
 
-gpu-test: build  ## every test, with its tensors on a GPU; minutes
-	FLASH_ATTN_TEST_DEVICE=cuda $(BIN)/python -m pytest --numprocesses $(GPU_JOBS) --dist worksteal $(ARGS)
+gpu-test: build  ## every test, with its tensors on a GPU, into results/<gpu>/; minutes
+	$(BIN)/python -m benchmarks.gpu_suite --processes $(GPU_JOBS) $(ARGS)
 
 gpu-bench: build  ## speed and memory against PyTorch's attention on a GPU, into results/<gpu>/
 	$(BIN)/python -m benchmarks.bench_gpu $(ARGS)
