@@ -81,7 +81,7 @@ $(DEV_TOOLS): requirements-dev.txt $(RUN_TOOLS)
 	@$(PIP) install --requirement requirements-dev.txt
 	@touch $@
 
-$(LIBRARY): $(RUN_TOOLS) setup.py $(CPP_SOURCES)
+$(LIBRARY): $(RUN_TOOLS) setup.py $(CPP_SOURCES) csrc/instantiations/spills.json
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 
