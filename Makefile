@@ -52,8 +52,8 @@ format: $(DEV_TOOLS)  ## rewrite sources as lint wants them
 bench: build  ## speed against PyTorch's attention: python -m benchmarks.bench_attention $(ARGS)
 	$(BIN)/python -m benchmarks.bench_attention $(ARGS)
 
-gpu-test: build  ## every test, with its tensors on a GPU; minutes
-	FLASH_ATTN_TEST_DEVICE=cuda $(BIN)/python -m pytest --numprocesses $(GPU_JOBS) --dist worksteal $(ARGS)
+gpu-test: build  ## every test, with its tensors on a GPU, into results/<gpu>/; minutes
+	$(BIN)/python -m benchmarks.gpu_suite --processes $(GPU_JOBS) $(ARGS)
 
 gpu-bench: build  ## speed and memory against PyTorch's attention on a GPU, into results/<gpu>/
 	$(BIN)/python -m benchmarks.bench_gpu $(ARGS)
@@ -81,7 +81,7 @@ $(DEV_TOOLS): requirements-dev.txt $(RUN_TOOLS)
 	@$(PIP) install --requirement requirements-dev.txt
 	@touch $@
 
-$(LIBRARY): $(RUN_TOOLS) setup.py $(CPP_SOURCES)
+$(LIBRARY): $(RUN_TOOLS) setup.py $(CPP_SOURCES) csrc/instantiations/spills.json
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 

@@ -19,8 +19,10 @@ The NVIDIA kernels are built when PyTorch is a CUDA build and nvcc is found, or 
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -61,8 +63,14 @@ CUDA_ARCHS = ("80", "90", "100", "120")
 NVCC_FLAGS = [
     *("-std=c++20", "-O3", "--expt-relaxed-constexpr", "-fmad=false", "-cudart=static"),
     *("-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra"),
+    *("-Xptxas", "-v"),  # read by spilled_bytes()
 ]
 GIB_PER_NVCC = 2  # of memory, at most, for one compilation
+
+# Bytes of registers that a kernel keeps in memory ("spills"), by architecture and file name; none
+# where nothing is listed. More is a kernel that has outgrown its registers. The numbers hold for
+# the release of nvcc that they were read from: another one allocates differently.
+SPILLS = ROOT / "csrc/instantiations/spills.json"
 
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
@@ -113,6 +121,39 @@ def cuda_archs() -> list[str]:
 def cuda_sources() -> list[str]:
     found = [*(ROOT / "csrc/sm80").glob("*.cu"), *(ROOT / "csrc/instantiations").glob("*.cu")]
     return sorted(path.relative_to(ROOT).as_posix() for path in found)
+
+
+def nvcc_release() -> str:
+    command = [f"{cuda_home()}/bin/nvcc", "--version"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return re.findall(r"release ([\d.]+)", printed)[-1]
+
+
+def spilled_bytes(reports: dict[str, str]) -> dict[str, dict[str, int]]:
+    """As SPILLS has it, from what ptxas -v printed of each source; its worst kernel counts."""
+    found: dict[str, dict[str, int]] = {}
+    for source, report in reports.items():
+        arch, stem = "", Path(source).stem
+        for name, stored in re.findall(r"for 'sm_(\w+)'|(\d+) bytes spill stores", report):
+            arch = name or arch
+            spilled = found.setdefault(arch, {})
+            if int(stored or 0) > spilled.get(stem, 0):
+                spilled[stem] = int(stored)
+    return found
+
+
+def excess_spills(
+    found: dict[str, dict[str, int]], allowed: dict[str, dict[str, int]]
+) -> dict[str, list[str]]:
+    """By architecture, a line for each file that spills more than it may."""
+    return {
+        arch: [
+            f"{stem}.cu, sm_{arch}: {spilled} bytes spilled, {limit} allowed"
+            for stem, spilled in stems.items()
+            if spilled > (limit := allowed.get(arch, {}).get(stem, 0))
+        ]
+        for arch, stems in found.items()
+    }
 
 
 def parallel_jobs(cuda: bool) -> str:
@@ -170,11 +211,36 @@ class NinjaBuild(build_ext):
         command = [os.path.join(ninja.BIN_DIR, "ninja"), "-f", str(OBJECTS / "build.ninja")]
         if subprocess.run([*command, "-j", jobs], cwd=ROOT).returncode != 0:
             raise CompileError("the native library was not built; the compiler's message is above")
+        if cuda:
+            self.check_spills(cuda_sources())
 
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)  # a process that has the old one loaded keeps it
         shutil.copyfile(ROOT / library, target)
+
+    def check_spills(self, sources: list[str]) -> None:
+        """Refuses kernels that spill more than SPILLS allows; warns where nobody has measured.
+
+        After ninja, not in its rule: all excesses show at once, and an edit of the list compiles
+        nothing again.
+        """
+        logs = {source: (ROOT / OBJECTS / source).with_suffix(".o.ptxas") for source in sources}
+        found = spilled_bytes({source: log.read_text() for source, log in logs.items()})
+        release, listed = nvcc_release(), json.loads(SPILLS.read_text())
+        update = OBJECTS / SPILLS.name
+        as_found = {"nvcc": release, "bytes": listed["bytes"] | found}
+        (ROOT / update).write_text(json.dumps(as_found, indent=2) + "\n")
+        refused: list[str] = []
+        for arch, lines in excess_spills(found, listed["bytes"]).items():
+            if release == listed["nvcc"] and arch in listed["bytes"]:
+                refused += lines
+            elif lines:
+                heading = f"kernels spill registers (unmeasured for sm_{arch}, nvcc {release}):"
+                self.warn("\n  ".join([heading, *lines]))
+        if refused:
+            cure = f"If it has to be, allow it: cp {update} {SPILLS.relative_to(ROOT)}"
+            raise CompileError("\n  ".join(["kernels spill registers:", *refused, cure]))
 
     @staticmethod
     def write_ninja_file(
@@ -202,9 +268,12 @@ class NinjaBuild(build_ext):
                 depfile="$out.d",
                 deps="gcc",
             )
+            # What ptxas says of every kernel goes to a file alone; errors, warnings and advisories,
+            # which have a number in parentheses, to the terminal too.
             writer.rule(
                 "compile_cuda",
-                "$nvcc -MMD -MF $out.d $nvcc_flags -c $in -o $out",
+                "$nvcc -MMD -MF $out.d $nvcc_flags -c $in -o $out 2> $out.ptxas; status=$$?; "
+                "grep -Ev '^ptxas info *: [^(]|bytes stack frame' $out.ptxas; exit $$status",
                 description="compile $in",
                 depfile="$out.d",
                 deps="gcc",
@@ -214,7 +283,8 @@ class NinjaBuild(build_ext):
             for source in sources:
                 if source.endswith(".cu"):
                     objects.append((OBJECTS / source).with_suffix(".o").as_posix())
-                    writer.build(objects[-1], "compile_cuda", source)
+                    report = f"{objects[-1]}.ptxas"
+                    writer.build(objects[-1], "compile_cuda", source, implicit_outputs=report)
                     continue
                 isa = isa_of(source)
                 isa_flags = ISA_FLAGS[isa] if isa else []

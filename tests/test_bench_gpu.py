@@ -1,4 +1,4 @@
-"""The GPU benchmark and the sanitizer run, without a GPU: what they check, read and print."""
+"""The GPU benchmark, sanitizer and suite run, without a GPU: what they check, read and print."""
 
 import copy
 import json
@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
-from benchmarks import bench_gpu, sanitize, sanitized_calls
+from benchmarks import bench_gpu, gpu_suite, sanitize, sanitized_calls
 from benchmarks.cases import Case
 from benchmarks.gpu import cases, memory
 from benchmarks.gpu.attentions import ours, sdpa_on
@@ -256,3 +256,74 @@ def test_sanitized_calls_run(monkeypatch, capsys):
     monkeypatch.setattr(sanitized_calls, "DEVICE", "cpu")
     sanitized_calls.main()
     assert capsys.readouterr().out == "all calls returned\n"
+
+
+SMALL_SUITE = """
+import time
+import pytest
+
+def test_right(): pass
+def test_slow(): time.sleep(0.3)
+def test_wrong(): assert False
+def test_left_out(): pytest.skip("no such kernel")
+@pytest.mark.skip(reason="no such kernel")
+def test_marked(): pass
+@pytest.mark.skip(reason="about the CPU alone")
+def test_of_the_cpu(): pass
+@pytest.fixture
+def untidy():
+    yield
+    raise RuntimeError
+def test_untidy(untidy): pass
+"""
+
+
+@pytest.fixture
+def recorded_suite(tmp_path, monkeypatch):
+    """main() in a folder of its own, of a small suite; its exit status and tests.json."""
+    (tmp_path / "test_small.py").write_text(SMALL_SUITE)
+    monkeypatch.setattr(gpu_suite, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_suite, "results_folder", lambda: tmp_path / "results")
+    monkeypatch.setattr(gpu_suite, "provenance", lambda command: {**MACHINE, "digest": "0" * 64})
+
+    def record(*arguments):
+        return gpu_suite.main(["--processes", "2", *arguments]), tmp_path / "results/tests.json"
+
+    return record
+
+
+def test_the_suite_is_recorded(recorded_suite, capsys):
+    """Every outcome, each test once, whichever process ran it."""
+    status, path = recorded_suite()
+    found = json.loads(path.read_text())
+    assert status == pytest.ExitCode.TESTS_FAILED
+    assert found["gpu"] == MACHINE["gpu"] and found["processes"] == 2
+    assert (found["passed"], found["failed"], found["skipped"]) == (2, 2, 3)
+    assert found["skip_reasons"] == {"no such kernel": 2, "about the CPU alone": 1}
+    assert len(found["slowest"]) == 7 and found["seconds"] >= found["slowest"][0]["seconds"] >= 0.3
+    assert found["slowest"][0]["test"] == "test_small::test_slow"
+
+    capsys.readouterr()
+    assert gpu_suite.main(["--render", str(path)]) == 0
+    assert capsys.readouterr().out == (
+        "NVIDIA Test, torch 2.11, 2026-01-02, sources 000000000000: 2 tests passed, 2 failed, "
+        f"3 skipped, {found['seconds']:.0f} s in 2 processes.\n"
+    )
+
+
+@pytest.mark.parametrize("arguments", [["-k", "right"], ["--no-such-option"]])
+def test_control_a_part_of_the_suite_is_not_recorded(recorded_suite, arguments):
+    status, path = recorded_suite(*arguments)
+    assert status == (0 if arguments[0] == "-k" else pytest.ExitCode.USAGE_ERROR)
+    assert not path.exists()
+
+
+def test_control_a_suite_cut_short_is_not_recorded(recorded_suite, monkeypatch):
+    monkeypatch.setenv("PYTEST_ADDOPTS", "--maxfail=1")
+    status, path = recorded_suite()
+    assert status == pytest.ExitCode.INTERRUPTED and not path.exists()
+
+
+def test_without_a_record_there_is_no_line(tmp_path, capsys):
+    assert gpu_suite.main(["--render", str(tmp_path / "tests.json")]) == 0
+    assert capsys.readouterr().out == ""

@@ -114,13 +114,17 @@ def _memory_table(rows: list[dict[str, Any]]) -> list[str]:
     return _table(header, body)
 
 
+def origin(record: dict[str, Any]) -> str:
+    """Where and when a record was made, and of which sources."""
+    return (
+        f"{record['gpu']}, torch {record['versions']['torch']}, {record['date']}, "
+        f"sources {record['digest'][:12]}"
+    )
+
+
 def render(record: dict[str, Any]) -> str:
     """A line about the machine, one table a kind, the reasons for gaps, one line of counts."""
-    versions = record["versions"]
-    lines = [
-        f"{record['gpu']}, torch {versions['torch']}, {record['date']}, "
-        f"sources {record['digest'][:12]}. Medians; memory beyond inputs and outputs.",
-    ]
+    lines = [f"{origin(record)}. Medians; memory beyond inputs and outputs."]
     for kind in KINDS:
         rows = [row for row in record["cases"] if row["kind"] == kind]
         if rows:
