@@ -213,7 +213,7 @@ void forward_on_gpu(ForwardCall const& call) {
   torch::stable::accelerator::DeviceGuard const guard(device);
   fa::ForwardParams const params = call.params();
   fa::sm80::ForwardPlan const plan =
-      fa::sm80::plan_forward(params, fa::sm80::num_multiprocessors(device));
+      fa::sm80::plan_forward(params, fa::sm80::processors_of(device));
   OptionalTensor scratch;  // of PyTorch's allocator, so that CUDA graphs own it too
   if (plan.scratch_floats > 0 && !params.partials.out)
     scratch = torch::stable::new_empty(call.lse, {plan.scratch_floats});
@@ -223,7 +223,7 @@ void forward_on_gpu(ForwardCall const& call) {
 }
 #endif
 
-template <void (*kRun)(fa::BackwardParams const&, int32_t device)>
+template <void (*kRun)(fa::BackwardParams const&, Tensor const& delta)>
 void backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor dq,
               Tensor dk, Tensor dv, Tensor delta, OptionalTensor cu_seqlens_q,
               OptionalTensor cu_seqlens_k, OptionalTensor alibi_slopes, OptionalTensor rng_state,
@@ -248,17 +248,24 @@ void backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
   params.delta_head_stride = delta.stride(delta.dim() - 2);
   params.delta_batch_stride = cu_seqlens_q ? 0 : delta.stride(0);
   params.delta_sequence_pad = 128;
-  kRun(params, q.get_device_index());
+  kRun(params, delta);
 }
 
-void backward_on_cpu(fa::BackwardParams const& params, int32_t) {
+void backward_on_cpu(fa::BackwardParams const& params, Tensor const&) {
   fa::cpu::backward(params, torch_threads());
 }
 
 #if defined(FLASH_ATTN_WITH_CUDA)
-void backward_on_gpu(fa::BackwardParams const& params, int32_t device) {
+void backward_on_gpu(fa::BackwardParams const& params, Tensor const& delta) {
+  int32_t const device = delta.get_device_index();
   torch::stable::accelerator::DeviceGuard const guard(device);
-  fa::sm80::backward(params, current_stream(device));
+  fa::sm80::BackwardScratch const need = fa::sm80::backward_scratch(params);
+  OptionalTensor scratch, tickets;
+  if (need.floats > 0) scratch = torch::stable::new_empty(delta, {need.floats});
+  if (need.integers > 0)
+    tickets = torch::stable::new_zeros(delta, {need.integers}, ScalarType::Int);
+  fa::sm80::backward(params, data_or_null<float>(scratch), data_or_null<int>(tickets),
+                     current_stream(device));
 }
 #endif
 
@@ -348,7 +355,7 @@ void plan(Tensor fields, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_
   int64_t* const field = static_cast<int64_t*>(fields.data_ptr());
 #if defined(FLASH_ATTN_WITH_CUDA)
   if (num_multiprocessors > 0) {
-    fa::sm80::ForwardPlan const chosen = fa::sm80::plan_forward(params, num_multiprocessors);
+    fa::sm80::ForwardPlan const chosen = fa::sm80::plan_forward(params, {num_multiprocessors});
     field[0] = chosen.tile_rows;
     field[1] = chosen.tiles * h_kv * b;
     field[2] = chosen.num_segments;
@@ -380,7 +387,10 @@ std::string cuda_archs() {
 #endif
 }
 
-int64_t segment_begin(int64_t segment) { return fa::contract::segment_begin(segment); }
+int64_t segment_begin(int64_t segment, bool on_gpu) {
+  return on_gpu ? fa::contract::segment_begin<fa::contract::Sm80Ladder>(segment)
+                : fa::contract::segment_begin<fa::contract::CpuLadder>(segment);
+}
 
 std::string cpu_isa() { return fa::cpu::selected_kernels().isa; }
 
@@ -417,7 +427,7 @@ STABLE_TORCH_LIBRARY(flash_attn_native, m) {
       "int b, int s_q, int s_k, int h_q, int h_kv, int d, int total_q, int num_splits, bool "
       "deterministic, int num_multiprocessors) -> ()");
   m.def("cuda_archs() -> str");
-  m.def("segment_begin(int segment) -> int");
+  m.def("segment_begin(int segment, bool on_gpu) -> int");
   m.def("cpu_isa() -> str");
 }
 

@@ -381,9 +381,9 @@ def cuda_archs() -> list[str]:
     return [arch for arch in str(_library.cuda_archs()).split(";") if arch]
 
 
-def segment_begin(segment: int) -> int:
-    """First key of a segment of the contract's ladder."""
-    return int(_library.segment_begin(segment))
+def segment_begin(segment: int, device: torch.device) -> int:
+    """First key of a segment, on the ladder of the family that runs on ``device``."""
+    return int(_library.segment_begin(segment, device.type == "cuda"))
 
 
 def cpu_isa() -> str:

@@ -269,7 +269,7 @@ def explain(
     )
     extent = plan.split_extent
     boundaries = [
-        segment * extent if extent else _native.segment_begin(segment)
+        segment * extent if extent else _native.segment_begin(segment, device)
         for segment in range(plan.num_segments + 1)
     ]
     return Explanation(

@@ -16,6 +16,11 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)[1 if ON_GPU else 0 :]
 FINEST = DTYPES[0]  # for tests that are about something else than a dtype
 WIDEST = torch.bfloat16 if ON_GPU else torch.float32  # with float32's exponents
 
+BLOCK = 64  # keys a block
+# Keys a segment from each position on.
+LADDER = {0: 1024, 16384: 2048, 65536: 4096} if ON_GPU else {0: 512, 16384: 1024, 65536: 4096}
+SEGMENT = LADDER[0]
+
 
 def page_size(wanted: int) -> int:
     """`wanted` keys a page; on a GPU the next multiple of 16, as much as a copy takes along."""

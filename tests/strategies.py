@@ -16,15 +16,13 @@ import math
 from typing import Any
 
 import torch
-from device import DEVICE, DTYPES, FINEST, ON_GPU
+from device import BLOCK, DEVICE, DTYPES, FINEST, ON_GPU, SEGMENT
 from hypothesis import example
 from hypothesis import strategies as st
 
 from flash_attn.reference import assert_accurate
 from flash_attn.testing import cumulative_lengths
 
-BLOCK = 64  # keys a block, in every family
-SEGMENT = 512  # keys a segment, below position 16384
 LAYOUTS = ("contiguous", "heads_first", "gapped")
 BUDGET = 1 << 24  # multiply-adds of q.k, over all heads and sequences
 

@@ -136,7 +136,7 @@ def test_unused_bytes_reach_no_row(poison, dtype):
     def cache(pad, fill):
         caches = []
         for sequences in parts:
-            x = torch.full((4, 600, 2, 24), fill, **on_device)
+            x = torch.full((4, SEGMENT + 88, 2, 24), fill, **on_device)
             for b, keys in enumerate(sequences):
                 x[b, pad : pad + len(keys)] = keys
             caches.append(x)

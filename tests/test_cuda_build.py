@@ -19,10 +19,10 @@ INSTANTIATIONS = [
     "sm80_forward_d128_fp16_few_features",
     "sm80_forward_d128_bf16_many_plain",
     "sm80_forward_d192_fp16_many_features",
-    "sm80_backward_d64_bf16_keys_plain",
-    "sm80_backward_d96_fp16_queries_features",
-    "sm80_backward_d128_bf16_queries_plain",
-    "sm80_backward_d256_fp16_keys_features",
+    "sm80_backward_d128_walk_bf16_plain",
+    "sm80_backward_d128_narrow_fp16_features",
+    "sm80_backward_d192_queries_bf16_plain",
+    "sm80_backward_d256_keys_fp16_features",
 ]
 SOURCES = [f"csrc/instantiations/{name}.cu" for name in INSTANTIATIONS]
 SOURCES += [f"csrc/sm80/{name}.cu" for name in ("append", "backward", "dmask", "fold", "forward")]

@@ -89,13 +89,13 @@ def test_accuracy_under_dropout(dropout_p, d, dtype):
 
 @pytest.mark.parametrize("d", [64, 128, 256])
 def test_accuracy_over_several_segments(d):
-    """1300 x 1300, causal: three segments of keys, and as many blocks of queries as of keys."""
+    """1300 x 1300, causal: two segments of keys, tiles of keys and blocks of queries."""
     check_dense(Problem((1300,), (1300,), 2, 1, d, torch.bfloat16, causal=True))
 
 
 # ---- Byte for byte ----
 
-S = 700  # crosses a segment of 512 keys, with a ragged end
+S = 1100  # crosses a segment of 1024 keys, with a ragged end
 BATCH = Problem((S,) * 8, (S,) * 8, 4, 2, 64, torch.bfloat16)
 SCORES = {
     "causal": {"causal": True},

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.gpu
 
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_DIMS = (8, 32, 33, 40, 64, 72, 96, 100, 127, 128, 129, 160, 192, 200, 255, 256)
-S = 1200  # crosses segments of 512, with a ragged end
+S = 1200  # crosses a segment of 1024, with a ragged end
 MANY = 70_000  # sequences; a grid holds 65,535 in its second and in its third dimension
 
 
@@ -82,7 +82,7 @@ def test_rows_do_not_depend_on_their_schedule(d):
         tail = flash_attn_func(q[:, S - chunk :], k, v, causal=True)
         assert_bitwise_equal(tail, full[:, S - chunk :])
     for num_splits in (1, 2, 3, 8, 64):
-        for cut in (64, 700, S):
+        for cut in (64, 1100, S):
             row = flash_attn_with_kvcache(
                 *(q[:, cut - 1 : cut], k, v),
                 cache_seqlens=lengths(*[cut] * 8),
@@ -156,7 +156,7 @@ def test_partials_are_all_that_is_written(longest):
 
 
 def test_a_fold_of_many_sequences():
-    """Two pieces of three segments each, whose partials just fit."""
+    """Two pieces of a segment each, whose partials fit."""
     q, k, v = normal(MANY, 1, 2, 16), normal(8, 1100, 1, 16), normal(8, 1100, 1, 16)
     rows = torch.randint(8, (MANY,), device="cuda", dtype=torch.int32)
     schedule = {"device": q.device, "deterministic": True, "num_splits": 2}

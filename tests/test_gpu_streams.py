@@ -11,7 +11,7 @@ from flash_attn.testing import assert_bitwise_equal, bytes_of, cumulative_length
 
 pytestmark = pytest.mark.gpu
 
-S, D = 700, 128
+S, D = 1100, 128
 
 
 @pytest.fixture(autouse=True)
@@ -68,8 +68,8 @@ def test_kernels_run_on_the_current_stream():
 def test_decode_runs_on_the_current_stream():
     """The same for an append: new keys arrive late."""
     q, k, v = (normal(4, 1, h, D) for h in (4, 2, 2))
-    caches = [normal(4, 900, 2, D) for _ in "kv"]
-    lengths = torch.tensor([899, 70, 512, 0], dtype=torch.int32, device=DEVICE)
+    caches = [normal(4, 1100, 2, D) for _ in "kv"]
+    lengths = torch.tensor([1099, 70, 1024, 0], dtype=torch.int32, device=DEVICE)
     late_caches = [x.clone() for x in caches]
     expected = flash_attn_with_kvcache(q, *caches, k, v, cache_seqlens=lengths, causal=True)
     late_k, side = torch.zeros_like(k), torch.cuda.Stream()

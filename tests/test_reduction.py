@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from device import DEVICE, DTYPES, FINEST, ON_GPU, WIDEST
+from device import DEVICE, DTYPES, FINEST, LADDER, ON_GPU, WIDEST
 from hypothesis import given
 from hypothesis import strategies as st
 from row_calls import assert_same, run
@@ -48,7 +48,7 @@ def test_boundaries_are_a_property_of_the_position(short, long):
     assert [x for x in few.boundaries if x < short] == [x for x in begins if x < short]
     assert begins[0] == 0 and all(x % BLOCK == 0 for x in begins)
     steps = [b - a for a, b in itertools.pairwise(begins)]
-    assert steps == [512 if x < 16384 else 1024 if x < 65536 else 4096 for x in begins[:-1]]
+    assert steps == [LADDER[max(rung for rung in LADDER if rung <= x)] for x in begins[:-1]]
 
 
 @with_examples(RICH_DENSE, 2, 0)

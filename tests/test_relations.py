@@ -7,7 +7,7 @@ in one bit, and some must catch standard mode and PyTorch's attention.
 
 import pytest
 import torch
-from device import DEVICE, DTYPES, FINEST, ON_GPU, page_size
+from device import BLOCK, DEVICE, DTYPES, FINEST, ON_GPU, SEGMENT, page_size
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,7 +23,6 @@ from flash_attn.verification import (
 )
 from flash_attn.verification.problem import contract_steps, telling_rows
 
-BLOCK, SEGMENT = 64, 512  # keys; test_lengths_cross_real_boundaries checks it
 BUDGET = 1 << 27  # multiply-adds of q.k in one forward pass: a few milliseconds
 
 # These cut a sequence's rows into calls of their own, which only some masks allow.
@@ -175,7 +174,7 @@ def test_control_one_wrong_bit_is_found(claim, monkeypatch):
 
 def test_control_another_fold_order_breaks():
     """The PyTorch-side fold repeats the kernel's bytes because of its order, not by luck."""
-    q, k, v = torch.randn(3, 1, 1100, 2, 32).to(DEVICE, FINEST)  # three segments
+    q, k, v = torch.randn(3, 1, 2 * SEGMENT + 76, 2, 32).to(DEVICE, FINEST)  # three segments
     with determinism.deterministic():
         out = flash_attn_func(q, k, v)
         partials = determinism.forward_partials(q, k, v)
@@ -190,10 +189,11 @@ def test_control_another_fold_order_breaks():
 
 def test_lengths_cross_real_boundaries():
     """The constants that the random lengths cluster around are the library's."""
-    block, boundaries = contract_steps(Problem((1,), (2000,), dtype=FINEST, device=str(DEVICE)))
+    block, boundaries = contract_steps(Problem((1,), (2500,), dtype=FINEST, device=str(DEVICE)))
     assert (block, boundaries[1]) == (BLOCK, SEGMENT)
-    rows = telling_rows(Problem((700,), (700,), dtype=FINEST, device=str(DEVICE)), 0, limit=99)
-    assert {0, 63, 64, 511, 512, 513, 699} <= set(rows)
+    s = SEGMENT + 188
+    rows = telling_rows(Problem((s,), (s,), dtype=FINEST, device=str(DEVICE)), 0, limit=99)
+    assert {0, 63, 64, SEGMENT - 1, SEGMENT, SEGMENT + 1, s - 1} <= set(rows)
 
 
 def test_comparison_is_of_bytes():

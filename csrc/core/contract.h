@@ -30,51 +30,58 @@ static constexpr int64_t kSm80BlockKeys = 64;
 // Queries a block of the CPU family's dK and dV, counted from the sequence's first query.
 static constexpr int64_t kCpuBlockQueries = 96;
 
-// Short segments give a short context its parallelism, long ones keep a long context's partials
-// few.
+// A ladder says where segments begin. Short segments give a short context its parallelism, long
+// ones keep a long context's folds few. Each family has its own.
 struct Rung {
   int64_t first_key;      // where this extent starts to apply
   int64_t extent;         // keys a segment, a multiple of every family's block
   int64_t first_segment;  // number of segments below first_key
 };
 static constexpr int kNumRungs = 3;
-FA_HOST_DEVICE static constexpr Rung rung(int r) {
-  return r == 0 ? Rung{0, 512, 0} : r == 1 ? Rung{16384, 1024, 32} : Rung{65536, 4096, 32 + 48};
-}
 
+struct CpuLadder {
+  FA_HOST_DEVICE static constexpr Rung rung(int r) {
+    return r == 0 ? Rung{0, 512, 0} : r == 1 ? Rung{16384, 1024, 32} : Rung{65536, 4096, 32 + 48};
+  }
+};
+struct Sm80Ladder {
+  FA_HOST_DEVICE static constexpr Rung rung(int r) {
+    return r == 0 ? Rung{0, 1024, 0} : r == 1 ? Rung{16384, 2048, 16} : Rung{65536, 4096, 16 + 24};
+  }
+};
+
+template <class Ladder>
 static constexpr bool ladder_is_consistent() {
   for (int r = 0; r + 1 < kNumRungs; ++r) {
-    int64_t const span = rung(r + 1).first_key - rung(r).first_key;
-    if (span % rung(r).extent != 0) return false;
-    if (rung(r).first_segment + span / rung(r).extent != rung(r + 1).first_segment) return false;
+    Rung const here = Ladder::rung(r), above = Ladder::rung(r + 1);
+    int64_t const span = above.first_key - here.first_key;
+    if (span % here.extent != 0) return false;
+    if (here.first_segment + span / here.extent != above.first_segment) return false;
   }
   return true;
 }
-static_assert(ladder_is_consistent(),
+static_assert(ladder_is_consistent<CpuLadder>() && ladder_is_consistent<Sm80Ladder>(),
               "each rung must start where the one below it ends, on a boundary");
 
 // First key of segment `segment`; segment s covers [segment_begin(s), segment_begin(s + 1)).
+template <class Ladder>
 FA_HOST_DEVICE static inline int64_t segment_begin(int64_t segment) {
-  int64_t begin = segment * rung(0).extent;
+  int64_t begin = segment * Ladder::rung(0).extent;
   for (int r = 1; r < kNumRungs; ++r) {
-    int64_t const above = segment - rung(r).first_segment;
-    if (above >= 0) begin = rung(r).first_key + above * rung(r).extent;
+    int64_t const above = segment - Ladder::rung(r).first_segment;
+    if (above >= 0) begin = Ladder::rung(r).first_key + above * Ladder::rung(r).extent;
   }
   return begin;
 }
 
 // The segment that holds key `key`. Each quotient is by a constant: a shift.
+template <class Ladder>
 FA_HOST_DEVICE static inline int64_t segment_of(int64_t key) {
   static_assert(kNumRungs == 3);
-  if (key < rung(1).first_key) return key / rung(0).extent;
-  if (key < rung(2).first_key)
-    return rung(1).first_segment + (key - rung(1).first_key) / rung(1).extent;
-  return rung(2).first_segment + (key - rung(2).first_key) / rung(2).extent;
-}
-
-// Number of segments that hold a sequence of s_k keys.
-FA_HOST_DEVICE static inline int64_t num_segments(int64_t s_k) {
-  return s_k > 0 ? segment_of(s_k - 1) + 1 : 0;
+  constexpr Rung low = Ladder::rung(0), middle = Ladder::rung(1), high = Ladder::rung(2);
+  if (key < middle.first_key) return key / low.extent;
+  if (key < high.first_key) return middle.first_segment + (key - middle.first_key) / middle.extent;
+  return high.first_segment + (key - high.first_key) / high.extent;
 }
 
 struct KeyRange {

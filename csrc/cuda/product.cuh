@@ -22,23 +22,21 @@ __device__ __forceinline__ void set_zero(Product<kTiles, kGroups>& c) {
       for (int i = 0; i < 4; ++i) c[t][n][i] = 0.0f;
 }
 
-// c (16 kTiles, 8 kGroups) = a b^T: rows [a_row, ...) of the tile a and [b_row, ...) of b, both
-// (rows, kD). Columns of a and b ascending.
-template <class Element, int kD, int kTiles, int kGroups>
-__device__ __forceinline__ void multiply_rows(Product<kTiles, kGroups>& c, uint32_t a, int a_row,
-                                              uint32_t b, int b_row, int lane) {
-  set_zero<kTiles, kGroups>(c);
-  auto const a_at = cursor_a<kD>(a, a_row, lane);
-  auto const b_at = cursor_b<kD>(b, b_row, lane);
+// c (16 kTiles, 8 kGroups) += a b, kDepth columns of a and rows of b, ascending. load_a(k, t, to)
+// brings columns [16 k, 16 k + 16) of sixteen rows t of a, load_b(k, n, to) those rows of sixteen
+// columns n of b.
+template <class Element, int kDepth, int kTiles, int kGroups, class LoadA, class LoadB>
+__device__ __forceinline__ void accumulate(Product<kTiles, kGroups>& c, LoadA const& load_a,
+                                           LoadB const& load_b) {
 #pragma unroll
-  for (int k = 0; k < kD / 16; ++k) {
+  for (int k = 0; k < kDepth / 16; ++k) {
     uint32_t left[kTiles][4];
 #pragma unroll
-    for (int t = 0; t < kTiles; ++t) load_matrix(left[t], a_at.at(t * 16, 2 * k));
+    for (int t = 0; t < kTiles; ++t) load_a(k, t, left[t]);
 #pragma unroll
     for (int n = 0; n < kGroups / 2; ++n) {
       uint32_t right[4];
-      load_matrix(right, b_at.at(n * 16, 2 * k));
+      load_b(k, n, right);
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) {
         multiply_add<Element>(c[t][2 * n], left[t], right[0], right[1]);
@@ -48,6 +46,19 @@ __device__ __forceinline__ void multiply_rows(Product<kTiles, kGroups>& c, uint3
   }
 }
 
+// c (16 kTiles, 8 kGroups) = a b^T: rows [a_row, ...) of the tile a and [b_row, ...) of b, both
+// (rows, kD). Columns of a and b ascending.
+template <class Element, int kD, int kTiles, int kGroups>
+__device__ __forceinline__ void multiply_rows(Product<kTiles, kGroups>& c, uint32_t a, int a_row,
+                                              uint32_t b, int b_row, int lane) {
+  set_zero<kTiles, kGroups>(c);
+  auto const a_at = cursor_a<kD>(a, a_row, lane);
+  auto const b_at = cursor_b<kD>(b, b_row, lane);
+  accumulate<Element, kD, kTiles, kGroups>(
+      c, [&](int k, int t, uint32_t (&to)[4]) { load_matrix(to, a_at.at(t * 16, 2 * k)); },
+      [&](int k, int n, uint32_t (&to)[4]) { load_matrix(to, b_at.at(n * 16, 2 * k)); });
+}
+
 // c (16 kTiles, kD) += p b: p (16 kTiles, 8 kGroups) rounded to 16 bits, b rows [b_row, ...) of a
 // tile (rows, kD). Rows of b ascending.
 template <class Element, int kD, int kTiles, int kGroups>
@@ -55,27 +66,16 @@ __device__ __forceinline__ void add_product(Product<kTiles, kD / 8>& c,
                                             Product<kTiles, kGroups> const& p, uint32_t b,
                                             int b_row, int lane) {
   auto const b_at = cursor_b_transposed<kD>(b, b_row, lane);
+  accumulate<Element, 8 * kGroups, kTiles, kD / 8>(
+      c,
+      [&](int k, int t, uint32_t (&to)[4]) {
 #pragma unroll
-  for (int k = 0; k < kGroups / 2; ++k) {
-    uint32_t left[kTiles][4];
-#pragma unroll
-    for (int t = 0; t < kTiles; ++t)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float const(&pair)[4] = p[t][2 * k + i / 2];
-        left[t][i] = pack2<Element>(pair[i % 2 * 2], pair[i % 2 * 2 + 1]);
-      }
-#pragma unroll
-    for (int n = 0; n < kD / 16; ++n) {
-      uint32_t right[4];
-      load_matrix_transposed(right, b_at.at(k * 16, 2 * n));
-#pragma unroll
-      for (int t = 0; t < kTiles; ++t) {
-        multiply_add<Element>(c[t][2 * n], left[t], right[0], right[1]);
-        multiply_add<Element>(c[t][2 * n + 1], left[t], right[2], right[3]);
-      }
-    }
-  }
+        for (int i = 0; i < 4; ++i) {
+          float const(&pair)[4] = p[t][2 * k + i / 2];
+          to[i] = pack2<Element>(pair[i % 2 * 2], pair[i % 2 * 2 + 1]);
+        }
+      },
+      [&](int k, int n, uint32_t (&to)[4]) { load_matrix_transposed(to, b_at.at(k * 16, 2 * n)); });
 }
 
 // Rows [row, ...) of a tile (rows, kD) = c times factor(r), rounded to 16 bits once; r counts a
@@ -92,8 +92,7 @@ __device__ __forceinline__ void store_product(uint32_t tile, int row,
     for (int n = 0; n < kD / 8; ++n) {
       float const(&x)[4] = c[r / 2][n];
       uint32_t const both = pack2<Element>(x[r % 2 * 2] * f + 0.0f, x[r % 2 * 2 + 1] * f + 0.0f);
-      uint32_t const at = tile + TileLayout<kD>::offset(to, n) + lane % 4 * 4;
-      asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(both) : "memory");
+      store_pair(tile + TileLayout<kD>::offset(to, n) + lane % 4 * 4, both);
     }
   }
 }

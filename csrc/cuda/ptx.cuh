@@ -31,6 +31,10 @@ __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+__device__ __forceinline__ void store_pair(uint32_t to, uint32_t both) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(both) : "memory");
+}
+
 // Four 8 x 8 matrices of 16-bit elements: lane i names row i % 8 of matrix i / 8.
 __device__ __forceinline__ void load_matrix(uint32_t (&r)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -92,6 +96,13 @@ __device__ __forceinline__ uint32_t pack2<__nv_bfloat16>(float low, float high) 
   uint32_t y;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
   return y;
+}
+
+// x, in a register from here on: the compiler would ask the hardware for a thread's number again at
+// every use, and each answer takes long.
+__device__ __forceinline__ int kept(int x) {
+  asm volatile("mov.b32 %0, %0;" : "+r"(x));
+  return x;
 }
 
 constexpr unsigned kFullWarp = 0xffffffffu;

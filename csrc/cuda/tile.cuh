@@ -53,7 +53,7 @@ __device__ __forceinline__ uint4 load_chunk(uint32_t from) {
 template <int kD>
 struct Walk {
   static constexpr int kChunks = TileLayout<kD>::kChunks;
-  static constexpr int kLanes = kChunks % 32 == 0 ? 32 : kChunks & -kChunks;
+  static constexpr int kLanes = kChunks % 8 == 0 ? 8 : 4;  // 128 bytes of a row, or 64
   static constexpr int kPasses = kChunks / kLanes, kRowsAtOnce = 32 / kLanes;
 };
 
@@ -75,14 +75,15 @@ __device__ __forceinline__ void copy_chunk_by_elements(uint32_t to, uint16_t con
 // Fills rows [first, first + kRows) of a tile. row(i) is the address of row first + i, which this
 // lane's kLanes neighbours also ask for, and there(i) whether it exists: what does not, and columns
 // from d on, become zeros and are not read. kAnyAddress: rows need not lie on sixteen bytes;
-// without it they must. kUnrolled copies are written out at a time: what runs once a tile is short
-// instead, for fetching its instructions takes longer than running them.
+// without it they must. kUnrolled rows are written out at a time.
 template <int kD, int kRows, bool kAnyAddress, int kUnrolled, class Row, class There>
 __device__ __forceinline__ void fill_rows(uint32_t tile, int first, int d, bool aligned, int lane,
                                           Row const& row, There const& there) {
   using W = Walk<kD>;
   int const local = lane / W::kLanes, first_chunk = lane % W::kLanes;
   if (!kAnyAddress || aligned) {
+    // first is a multiple of eight, so that only the row inside eight turns chunks.
+    uint32_t const to = tile + TileLayout<kD>::offset(first + local, first_chunk);
 #pragma unroll kUnrolled
     for (int i = 0; i < kRows / W::kRowsAtOnce; ++i) {
       int const r = i * W::kRowsAtOnce + local;
@@ -91,8 +92,10 @@ __device__ __forceinline__ void fill_rows(uint32_t tile, int first, int d, bool 
 #pragma unroll
       for (int pass = 0; pass < W::kPasses; ++pass) {
         int const chunk = pass * W::kLanes + first_chunk;
-        copy16_async(tile + TileLayout<kD>::offset(first + r, chunk), from + chunk * 16,
-                     exists && chunk * kChunk < d);
+        uint32_t const turned = i * W::kRowsAtOnce % 8 * 16;  // 0, or 64: four rows below
+        copy16_async(
+            (to ^ turned) + i * W::kRowsAtOnce * TileLayout<kD>::kRowBytes + pass * W::kLanes * 16,
+            from + chunk * 16, exists && chunk * kChunk < d);
       }
     }
   } else {
@@ -131,7 +134,7 @@ __device__ __forceinline__ void fill_scattered_rows(uint32_t tile, int first, ch
                                                     char const* other, int d, bool aligned,
                                                     int lane) {
   bool exists = false;
-  fill_rows<kD, kRows, kAnyAddress, 1>(
+  fill_rows<kD, kRows, kAnyAddress, 4>(
       tile, first, d, aligned, lane,
       [&](int r, int i) {
         auto const held =
@@ -149,23 +152,38 @@ __device__ __forceinline__ void store_rows(uint32_t tile, char* mine, int first,
                                            bool aligned, int lane) {
   using Layout = TileLayout<kD>;
   auto const address = reinterpret_cast<unsigned long long>(mine);
-#pragma unroll 1
-  for (int i = 0; i < kRows * Layout::kChunks / 32; ++i) {
-    int const index = i * 32 + lane, row = index / Layout::kChunks, chunk = index % Layout::kChunks;
-    char* const to = reinterpret_cast<char*>(__shfl_sync(kFullWarp, address, row));
-    int const column = chunk * kChunk;
-    if (!to || column >= d) continue;
-    uint4 word = load_chunk(tile + Layout::offset(first + row, chunk));
+  constexpr int kSteps = kRows * Layout::kChunks / 32;
+  // A chunk, and the address of its row: what a lane has at a step.
+  auto const chunk_of = [&](int i) { return (i * 32 + lane) % Layout::kChunks; };
+  auto const row_at = [&](int i) {
+    return reinterpret_cast<char*>(
+        __shfl_sync(kFullWarp, address, (i * 32 + lane) / Layout::kChunks));
+  };
+  auto const word_of = [&](int i) {
+    uint4 word =
+        load_chunk(tile + Layout::offset(first + (i * 32 + lane) / Layout::kChunks, chunk_of(i)));
     word.x = with_common_nan<Element>(word.x), word.y = with_common_nan<Element>(word.y);
     word.z = with_common_nan<Element>(word.z), word.w = with_common_nan<Element>(word.w);
-    if (!kAnyAddress || aligned) {
-      reinterpret_cast<uint4*>(to)[chunk] = word;
-    } else {
-      uint16_t* const elements = reinterpret_cast<uint16_t*>(to) + column;
+    return word;
+  };
+  if (!kAnyAddress || aligned) {
+#pragma unroll 4
+    for (int i = 0; i < kSteps; ++i) {
+      char* const to = row_at(i);
+      uint4 const word = word_of(i);
+      if (to && chunk_of(i) * kChunk < d) reinterpret_cast<uint4*>(to)[chunk_of(i)] = word;
+    }
+  } else {
+#pragma unroll 1
+    for (int i = 0; i < kSteps; ++i) {
+      int const column = chunk_of(i) * kChunk;
+      uint16_t* const to = reinterpret_cast<uint16_t*>(row_at(i));
+      uint4 const word = word_of(i);
       uint32_t const words[4] = {word.x, word.y, word.z, word.w};
 #pragma unroll
       for (int j = 0; j < kChunk; ++j) {
-        if (column + j < d) elements[j] = static_cast<uint16_t>(words[j / 2] >> (j % 2 * 16));
+        if (to && column + j < d)
+          to[column + j] = static_cast<uint16_t>(words[j / 2] >> (j % 2 * 16));
       }
     }
   }
@@ -185,10 +203,18 @@ __device__ __forceinline__ Cursor<kD> cursor_b(uint32_t tile, int first, int lan
   return Cursor<kD>(tile, first + lane % 8 + lane / 16 * 8, lane / 8 % 2);
 }
 // B from rows that are rows of B (values of p v): load_matrix_transposed at at(row, 2 n) gives
-// rows [first + row, first + row + 16), columns [16 n, 16 n + 16).
+// rows [first + row, first + row + 16), columns [16 n, 16 n + 16), counted from the chunk `chunk`,
+// whose bits 2 n must not share.
 template <int kD>
-__device__ __forceinline__ Cursor<kD> cursor_b_transposed(uint32_t tile, int first, int lane) {
-  return Cursor<kD>(tile, first + lane % 16, lane / 16);
+__device__ __forceinline__ Cursor<kD> cursor_b_transposed(uint32_t tile, int first, int lane,
+                                                          int chunk = 0) {
+  return Cursor<kD>(tile, first + lane % 16, chunk + lane / 16);
+}
+// A from rows that are its columns (probabilities of p^T dout): load_matrix_transposed at at(k, 2
+// t) gives columns [k, k + 16) of rows [16 t, 16 t + 16) of A, counted from `chunk` likewise.
+template <int kD>
+__device__ __forceinline__ Cursor<kD> cursor_a_transposed(uint32_t tile, int lane, int chunk) {
+  return Cursor<kD>(tile, lane % 8 + lane / 16 * 8, chunk + lane / 8 % 2);
 }
 
 }  // namespace fa::cuda

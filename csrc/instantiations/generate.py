@@ -18,7 +18,7 @@ FORWARD = """\
 #include "csrc/sm80/forward_launch.cuh"
 
 namespace fa::sm80 {{
-using Traits = ForwardTraits<{element}, {d}, {few}, {features}>;
+using Traits = {rows}<{element}, {d}, {features}>;
 template void launch_forward<Traits>(ForwardLaunch const&, cudaStream_t);
 }}  // namespace fa::sm80
 """
@@ -27,14 +27,18 @@ BACKWARD = """\
 #include "csrc/sm80/backward_launch.cuh"
 
 namespace fa::sm80 {{
-using Traits = {tile}<{element}, {d}, {features}>;
+using Traits = {tile}<{element}, {shape}, {features}>;
 template void {launch}<Traits>(BackwardLaunch const&, cudaStream_t);
 }}  // namespace fa::sm80
 """
-TILES = {
-    "queries": ("QueryTile", "launch_query_tiles"),
-    "keys": ("KeyTile", "launch_key_tiles"),
-}
+# Name, traits, shape and launch. Head dims up to 128 walk once, by 128 keys, or by 64 where shared
+# memory is short; wider ones twice.
+BACKWARDS = [
+    *((f"d{d}_walk", "KeyWalkTraits", f"{d}, 128", "launch_key_walk") for d in (64, 96, 128)),
+    ("d128_narrow", "KeyWalkTraits", "128, 64", "launch_key_walk"),
+    *((f"d{d}_queries", "QueryTile", f"{d}", "launch_query_tiles") for d in (192, 256)),
+    *((f"d{d}_keys", "KeyTile", f"{d}", "launch_key_tiles") for d in (192, 256)),
+]
 
 
 def files() -> dict[str, str]:
@@ -45,20 +49,22 @@ def files() -> dict[str, str]:
     ):
         kind = "features" if features else "plain"
         name = f"sm80_forward_d{d}_{dtype}_{rows}_{kind}.cu"
+        if (rows, d) == ("few", 96):
+            continue  # those take the kernel of 128 columns
         wanted[name] = FORWARD.format(
+            rows={"few": "FewRows", "many": "ManyRows"}[rows],
             element=ELEMENTS[dtype],
             d=d,
-            few=str(rows == "few").lower(),
             features=str(features).lower(),
         )
-    for dtype, d, rows, features in itertools.product(ELEMENTS, HEAD_DIMS, TILES, (False, True)):
+    for dtype, backward, features in itertools.product(ELEMENTS, BACKWARDS, (False, True)):
         kind = "features" if features else "plain"
-        tile, launch = TILES[rows]
-        wanted[f"sm80_backward_d{d}_{dtype}_{rows}_{kind}.cu"] = BACKWARD.format(
+        name, tile, shape, launch = backward
+        wanted[f"sm80_backward_{name}_{dtype}_{kind}.cu"] = BACKWARD.format(
             tile=tile,
             launch=launch,
             element=ELEMENTS[dtype],
-            d=d,
+            shape=shape,
             features=str(features).lower(),
         )
     return wanted

@@ -2,6 +2,6 @@
 #include "csrc/sm80/forward_launch.cuh"
 
 namespace fa::sm80 {
-using Traits = ForwardTraits<__nv_bfloat16, 128, false, false>;
+using Traits = ManyRows<__nv_bfloat16, 128, false>;
 template void launch_forward<Traits>(ForwardLaunch const&, cudaStream_t);
 }  // namespace fa::sm80

@@ -2,6 +2,6 @@
 #include "csrc/sm80/forward_launch.cuh"
 
 namespace fa::sm80 {
-using Traits = ForwardTraits<__half, 64, false, false>;
+using Traits = ManyRows<__half, 64, false>;
 template void launch_forward<Traits>(ForwardLaunch const&, cudaStream_t);
 }  // namespace fa::sm80

@@ -32,26 +32,35 @@ __global__ __launch_bounds__(32 * kWarps) void delta_kernel(
   for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kFullWarp, sum, step);
   if (lane == 0)
     call.delta[delta_base(call, s, batch) + head * call.delta_head_stride + query] = sum;
+  contract::KeyRange const seen =
+      contract::visible_keys(query, s.s_q, s.s_k, call.score.window_left, call.score.window_right);
+  if (seen.begin < seen.end) return;
+  auto* const dq = reinterpret_cast<uint16_t*>(query_row(call.dq, s, query, head, 2));
+  for (int i = lane; i < layout.d; i += 32) dq[i] = 0;  // no tile of keys comes by
 }
 
-struct Kernels {
-  void (*queries)(BackwardLaunch const&, cudaStream_t);
-  void (*keys)(BackwardLaunch const&, cudaStream_t);
-};
+using Launch = void (*)(BackwardLaunch const&, cudaStream_t);
 
 template <class Element, int kD, bool kFeatures>
-Kernels kernels() {
-  return {launch_query_tiles<QueryTile<Element, kD, kFeatures>>,
-          launch_key_tiles<KeyTile<Element, kD, kFeatures>>};
+void run(BackwardLaunch const& launch, cudaStream_t stream) {
+  if constexpr (kD <= kWalksOnce) {
+    using Wide = KeyWalkTraits<Element, kD, 128, kFeatures>;
+    using Narrow = KeyWalkTraits<Element, 128, 64, kFeatures>;
+    bool const fits = Wide::shared_bytes(1) <= launch.processors.most_shared_bytes;
+    (fits ? launch_key_walk<Wide> : launch_key_walk<Narrow>)(launch, stream);
+  } else {
+    launch_query_tiles<QueryTile<Element, kD, kFeatures>>(launch, stream);
+    launch_key_tiles<KeyTile<Element, kD, kFeatures>>(launch, stream);
+  }
 }
 
 template <class Element, int kD>
-Kernels with_features(bool features) {
-  return features ? kernels<Element, kD, true>() : kernels<Element, kD, false>();
+Launch with_features(bool features) {
+  return features ? run<Element, kD, true> : run<Element, kD, false>;
 }
 
 template <class Element>
-Kernels with_head_dim(int64_t d, bool features) {
+Launch with_head_dim(int64_t d, bool features) {
   switch (head_dim_bucket(d)) {
     case 64:
       return with_features<Element, 64>(features);
@@ -68,11 +77,30 @@ Kernels with_head_dim(int64_t d, bool features) {
 
 }  // namespace
 
-void backward(BackwardParams const& call, void* stream) {
+BackwardScratch backward_scratch(BackwardParams const& call) {
+  LayoutParams const& layout = call.layout;
+  int64_t const bucket = head_dim_bucket(layout.d);
+  BackwardScratch scratch;
+  if (bucket > kWalksOnce || layout.b == 0) return scratch;
+  scratch.blocks = layout.cu_seqlens_q
+                       ? layout.total_q / kWalkQueries + layout.b
+                       : layout.b * ((layout.s_q + kWalkQueries - 1) / kWalkQueries);
+  int64_t const columns = bucket > 64 ? 128 : 64;  // of the widest kernel that may run
+  scratch.floats = layout.h_q * scratch.blocks * kWalkQueries * columns;
+  scratch.integers = layout.h_q * scratch.blocks + 1;
+  return scratch;
+}
+
+void backward(BackwardParams const& call, float* scratch, int* tickets, void* stream) {
   auto const on = static_cast<cudaStream_t>(stream);
   LayoutParams const& layout = call.layout;
   check_positions(layout);
   BackwardLaunch launch{call, cuda::ScoreScale::of(call.score), 0, 1, layout.d % 8 == 0};
+  launch.sums = {reinterpret_cast<float4*>(scratch), tickets + 1, backward_scratch(call).blocks};
+  launch.next_ticket = tickets;
+  int device = 0;
+  cuda::check(cudaGetDevice(&device));
+  launch.processors = processors_of(device);
   for (RowTensor const* t : {&call.q, &call.k, &call.v, &call.dout, &call.dq, &call.dk, &call.dv}) {
     launch.aligned = launch.aligned && on_sixteen_bytes(*t);
   }
@@ -89,10 +117,9 @@ void backward(BackwardParams const& call, void* stream) {
     cuda::check(cudaGetLastError());
   }
   bool const features = launch.scale.shaped || launch.scale.drops || !launch.aligned;
-  Kernels const run = half ? with_head_dim<__half>(layout.d, features)
-                           : with_head_dim<__nv_bfloat16>(layout.d, features);
-  run.queries(launch, on);
-  run.keys(launch, on);
+  auto const run = half ? with_head_dim<__half>(layout.d, features)
+                        : with_head_dim<__nv_bfloat16>(layout.d, features);
+  run(launch, on);
 }
 
 }  // namespace fa::sm80

@@ -99,7 +99,11 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksAProcessor) void k
       Product<kTiles, kBlock / 8> p, ds;
       multiply_rows<Element, kD, kTiles, kBlock / 8>(p, k, warp_row, q, 0, lane);
       multiply_rows<Element, kD, kTiles, kBlock / 8>(ds, v, warp_row, dout, 0, lane);
-      bool const all = mask.every(block, block + kBlock, begin_key, end_key);
+      if (!mask.every(block, block + kBlock, begin_key, end_key)) {
+        mask_scores<kTiles, kBlock / 8>(p, ds, [&](int row, int column) {
+          return mask.sees(block + lane % 4 * 2 + column, begin_key + lane / 4 + row);
+        });
+      }
       float const alibi_slope =
           Traits::kFeatures && call.score.alibi
               ? call.score.alibi[batch * call.score.alibi_batch_stride + head] * kLog2E
@@ -123,9 +127,9 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksAProcessor) void k
                   dropout_factors(launch.scale.keep, dropout_key, row, batch, key & ~1);
               keep = key % 2 == 0 ? pair.x : pair.y;
             }
-            gradient_of_score<Traits::kFeatures>(
-                p[r / 2][n][r % 2 * 2 + i], ds[r / 2][n][r % 2 * 2 + i],
-                all || mask.sees(row.query, key), lse_log2, delta, launch.scale, row, key, keep);
+            gradient_of_score<Traits::kFeatures>(p[r / 2][n][r % 2 * 2 + i],
+                                                 ds[r / 2][n][r % 2 * 2 + i], lse_log2, delta,
+                                                 launch.scale, row, key, keep);
           }
         }
       if constexpr (kWantsDv) add_product<Element, kD, kTiles, kBlock / 8>(dv, p, dout, 0, lane);

@@ -5,11 +5,12 @@
 #include "csrc/sm80/backward_keys.cuh"
 #include "csrc/sm80/backward_launch.h"
 #include "csrc/sm80/backward_queries.cuh"
+#include "csrc/sm80/backward_tile.cuh"
 
 namespace fa::sm80 {
 
-// A tile for each kRows of `length` rows, of each of `heads` heads, which all read the same
-// `read_again` rows of two tensors.
+// A tile for each kRows of `length` rows, of each of `heads` heads, which all
+// read the same `read_again` rows of two tensors.
 template <class Traits>
 void launch_tiles(void (*kernel)(BackwardLaunch), int shared_bytes, int64_t heads, int64_t length,
                   int64_t read_again, BackwardLaunch launch, cudaStream_t stream) {
@@ -24,6 +25,36 @@ void launch_tiles(void (*kernel)(BackwardLaunch), int shared_bytes, int64_t head
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
   }
   kernel<<<static_cast<unsigned>(blocks), Traits::kThreads, shared_bytes, stream>>>(launch);
+  fa::cuda::check(cudaGetLastError());
+}
+
+// Heads that are worked on together when `slots` thread blocks run at once. Tiles of one head that
+// run at the same time read the same queries, but wait for each other's parts of dQ: a step each,
+// and behind a causal mask three at the start, where a tile begins on the diagonal.
+inline int heads_a_walk(bool causal, int64_t slots, int64_t heads) {
+  int64_t const tiles_at_once = causal ? 2 : 8;
+  int64_t const wanted = (slots + tiles_at_once - 1) / tiles_at_once;
+  return static_cast<int>(wanted < heads ? wanted : heads);
+}
+
+template <class Traits>
+void launch_key_walk(BackwardLaunch const& given, cudaStream_t stream) {
+  BackwardLaunch launch = given;
+  LayoutParams const& layout = launch.call.layout;
+  int64_t const heads = layout.h_kv * layout.b;
+  launch.tiles = static_cast<int>((layout.s_k + Traits::kKeys - 1) / Traits::kKeys);
+  int64_t const blocks = launch.tiles * heads;
+  if (blocks == 0) return;
+  launch.section = heads_a_walk(launch.call.score.window_right >= 0,
+                                launch.processors.count * Traits::kBlocksAProcessor, heads);
+  constexpr int kReserved = 1024;  // of the system, for each block
+  bool const fits = Traits::kBlocksAProcessor * (Traits::shared_bytes(2) + kReserved) <=
+                    launch.processors.shared_bytes;
+  launch.stages = fits ? 2 : 1;
+  int const bytes = Traits::shared_bytes(launch.stages);
+  auto const kernel = key_walk_kernel<Traits>;
+  fa::cuda::check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  kernel<<<static_cast<unsigned>(blocks), Traits::kThreads, bytes, stream>>>(launch);
   fa::cuda::check(cudaGetLastError());
 }
 

@@ -13,6 +13,8 @@ namespace fa::sm80 {
 template <class Traits>
 void launch_query_tiles(BackwardLaunch const& launch, cudaStream_t stream);
 template <class Traits>
+void launch_key_walk(BackwardLaunch const& launch, cudaStream_t stream);
+template <class Traits>
 void launch_key_tiles(BackwardLaunch const& launch, cudaStream_t stream);
 
 }  // namespace fa::sm80

@@ -98,7 +98,11 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksAProcessor) void q
       Product<kTiles, kBlock / 8> p, ds;
       multiply_rows<Element, kD, kTiles, kBlock / 8>(p, q, warp_row, k, 0, lane);
       multiply_rows<Element, kD, kTiles, kBlock / 8>(ds, dout, warp_row, v, 0, lane);
-      bool const all = mask.every(begin_row, end_row, block, next);
+      if (!mask.every(begin_row, end_row, block, next)) {
+        mask_scores<kTiles, kBlock / 8>(p, ds, [&](int row, int column) {
+          return mask.sees(begin_row + lane / 4 + row, block + lane % 4 * 2 + column);
+        });
+      }
 #pragma unroll
       for (int r = 0; r < 2 * kTiles; ++r) {
         RowView row;
@@ -113,9 +117,8 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksAProcessor) void q
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             gradient_of_score<Traits::kFeatures>(
-                p[r / 2][n][r % 2 * 2 + i], ds[r / 2][n][r % 2 * 2 + i],
-                all || mask.sees(row.query, key + i), lse_log2[r], delta[r], launch.scale, row,
-                key + i, i == 0 ? keep.x : keep.y);
+                p[r / 2][n][r % 2 * 2 + i], ds[r / 2][n][r % 2 * 2 + i], lse_log2[r], delta[r],
+                launch.scale, row, key + i, i == 0 ? keep.x : keep.y);
           }
         }
       }

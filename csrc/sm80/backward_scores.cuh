@@ -8,6 +8,7 @@
 #include "csrc/core/sequence.h"
 #include "csrc/cuda/product.cuh"
 #include "csrc/cuda/score.cuh"
+#include "csrc/sm80/backward_traits.h"
 #include "csrc/sm80/family.h"
 
 namespace fa::sm80 {
@@ -42,29 +43,55 @@ struct Diagonals {
   }
 };
 
-// s: q k^T on entry, then what dV sums; dp: dO V^T on entry, then dS. lse_log2: of the row, in log2
-// units, +inf: it saw nothing.
+// A score that is not seen gives P = 0 and dS = 0, whatever V and dout hold. sees(row, column): of
+// this thread's.
+template <int kTiles, int kGroups, class Sees>
+__device__ __forceinline__ void mask_scores(Product<kTiles, kGroups>& s,
+                                            Product<kTiles, kGroups>& dp, Sees const& sees) {
+#pragma unroll
+  for (int r = 0; r < 2 * kTiles; ++r)
+#pragma unroll
+    for (int n = 0; n < kGroups; ++n)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (sees(r / 2 * 16 + r % 2 * 8, n * 8 + i)) continue;
+        s[r / 2][n][r % 2 * 2 + i] = -INFINITY;
+        dp[r / 2][n][r % 2 * 2 + i] = 0.0f;
+      }
+}
+
+// s: q k^T on entry, -inf where it is masked, then what dV sums; dp: dO V^T on entry, then dS.
+// lse_log2: of the row, in log2 units, +inf: it saw nothing.
 template <bool kFeatures>
-__device__ __forceinline__ void gradient_of_score(float& s, float& dp, bool seen, float lse_log2,
-                                                  float delta, ScoreScale const& scale,
-                                                  RowView const& row, int key, float keep) {
+__device__ __forceinline__ void gradient_of_score(float& s, float& dp, float lse_log2, float delta,
+                                                  ScoreScale const& scale, RowView const& row,
+                                                  int key, float keep) {
   float p, slope = 1.0f;
   if (kFeatures && scale.shaped) {
     float tanh = 0.0f;
-    p = exp2_of(shape_score(s, scale, row, key, &tanh) - lse_log2);
+    bool const masked = s == -INFINITY;
+    float const x = shape_score(s, scale, row, key, &tanh);
+    p = exp2_of(masked ? -INFINITY : x - lse_log2);
     slope = 1.0f - tanh * tanh;
   } else {
     p = exp2_of(fmaf(s, scale.exponent_scale, -lse_log2));
   }
-  if (!seen) p = 0.0f;
   float kept = dp, value = p;
   if (kFeatures && scale.drops) {
     kept = keep == 0.0f ? 0.0f : dp * keep;
     value = p * keep;
   }
   float const ds = p * (kept - delta);
-  dp = seen ? (kFeatures && scale.shaped ? ds * slope : ds) : 0.0f;
+  dp = kFeatures && scale.shaped ? ds * slope : ds;
   s = value;
+}
+
+// Blocks of queries before a sequence's first, in the sums of dQ.
+__device__ __forceinline__ int64_t first_sum_block(LayoutParams const& layout, Sequence const& s,
+                                                   int64_t batch) {
+  constexpr int64_t kQueries = kWalkQueries;
+  return layout.cu_seqlens_q ? s.first_query / kQueries + batch
+                             : batch * ((layout.s_q + kQueries - 1) / kQueries);
 }
 
 // Index of (head 0, query 0) of a sequence in delta.

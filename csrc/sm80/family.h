@@ -11,6 +11,8 @@ struct float4;
 
 namespace fa::sm80 {
 
+using Segmentation = SegmentationOn<contract::Sm80Ladder>;
+
 // The head dim that the kernels of d were compiled for.
 constexpr int64_t head_dim_bucket(int64_t d) {
   return d <= 64 ? 64 : d <= 96 ? 96 : d <= 128 ? 128 : d <= 192 ? 192 : 256;
@@ -24,15 +26,22 @@ struct ForwardPlan {
   int64_t num_segments = 0;  // of the longest sequence
   int64_t pieces = 1;        // parts that a tile's segments are cut into to run side by side
   Segmentation segmentation;
-  int64_t work = 0;    // tiles of the call, times pieces
-  int section = 1;     // heads that are worked on together
-  int64_t blocks = 0;  // thread blocks; with fewer than work, each takes the next when it is free
+  int64_t work = 0;     // tiles of the call, times pieces
+  int section = 1;      // heads that are worked on together
+  int64_t blocks = 0;   // thread blocks; with fewer than work, each takes the next when it is free
+  int fold_shared = 0;  // vectors a thread of a fold that lie in shared memory, not in scratch
   int64_t scratch_floats = 0;
 };
 
-int64_t num_multiprocessors(int device);
+// What a plan has to know of a GPU.
+struct Processors {
+  int64_t count = 0;              // multiprocessors
+  int64_t shared_bytes = 0;       // that each has for its thread blocks
+  int64_t most_shared_bytes = 0;  // that one thread block can have
+};
+Processors processors_of(int device);
 
-ForwardPlan plan_forward(ForwardParams const&, int64_t num_multiprocessors);
+ForwardPlan plan_forward(ForwardParams const&, Processors const&);
 
 // What the kernels of a forward pass are given.
 struct ForwardLaunch {
@@ -42,7 +51,7 @@ struct ForwardLaunch {
   int group;                 // query heads of a key head
   bool aligned;              // every row lies on sixteen bytes
   bool partials;             // hand closed segments on instead of folding them
-  float4* folds = nullptr;   // [blocks, tile_rows * bucket / 4], null: nothing to keep
+  float4* folds = nullptr;   // [blocks, fold_vectors - plan.fold_shared, threads]
   int* next_work = nullptr;  // taken so far, beyond the first of each block; null: one each
 };
 
@@ -53,6 +62,20 @@ void forward(ForwardParams const& call, ForwardPlan const& plan, float* scratch,
 // S_dmask of a forward pass that has run.
 void write_dmask(ForwardParams const& call, void* stream);
 
+// Where the parts of dQ are summed: blocks of queries, which lie as the threads hold them.
+struct QuerySums {
+  float4* sums = nullptr;  // [h_q, blocks, vectors of a block]
+  int* turns = nullptr;    // [h_q, blocks]: tiles of keys that have added to it
+  int64_t blocks = 0;      // of a head, of all sequences
+};
+
+// Memory beside the gradients: floats that need no value, and integers that must be zero.
+struct BackwardScratch {
+  int64_t blocks = 0;  // QuerySums::blocks
+  int64_t floats = 0, integers = 0;
+};
+BackwardScratch backward_scratch(BackwardParams const&);
+
 // What the kernels of a backward pass are given.
 struct BackwardLaunch {
   BackwardParams call;
@@ -60,10 +83,15 @@ struct BackwardLaunch {
   int tiles;     // of the longest sequence: of queries, or of keys
   int section;   // heads that are worked on together
   bool aligned;  // every row lies on sixteen bytes
+  // Of the kernel that walks once.
+  QuerySums sums;
+  int* next_ticket = nullptr;  // thread blocks that have started
+  Processors processors;
+  int stages = 1;  // blocks of queries in shared memory
 };
 
-// delta, then dQ, then dK and dV, with nothing in memory beside them.
-void backward(BackwardParams const& call, void* stream);
+// delta, then dQ, dK and dV. scratch and tickets: what backward_scratch asks for.
+void backward(BackwardParams const& call, float* scratch, int* tickets, void* stream);
 
 void append(AppendParams const& params, void* stream);
 

@@ -12,8 +12,8 @@
 namespace fa::sm80 {
 namespace {
 
-constexpr int64_t kFewRows = 16;
 constexpr int64_t kMaxPieces = 128;
+constexpr int64_t kSplitKeys = 128;  // a split is a multiple of every kernel's load of keys
 constexpr int64_t kMaxPartialFloats = 8 * 1024 * 1024;  // 32 MiB; more segments run in sequence
 constexpr int kRestThreads = 128, kRestParts = 32;
 
@@ -23,8 +23,10 @@ using Launch = void (*)(ForwardLaunch const&, cudaStream_t);
 
 template <class Element, int kD, bool kFeatures>
 Launch with_rows(bool few) {
-  return few ? launch_forward<ForwardTraits<Element, kD, true, kFeatures>>
-             : launch_forward<ForwardTraits<Element, kD, false, kFeatures>>;
+  // Few rows of 96 columns would not divide among four warps.
+  constexpr int kFewD = kD == 96 ? 128 : kD;
+  return few ? launch_forward<FewRows<Element, kFewD, kFeatures>>
+             : launch_forward<ManyRows<Element, kD, kFeatures>>;
 }
 
 template <class Element, int kD>
@@ -69,13 +71,15 @@ void launch_rest(ForwardLaunch const& launch, cudaStream_t stream) {
 
 }  // namespace
 
-int64_t num_multiprocessors(int device) {
-  int count = 0;
+Processors processors_of(int device) {
+  int count = 0, bytes = 0, most = 0;
   cuda::check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-  return count;
+  cuda::check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
+  cuda::check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return {count, bytes, most};
 }
 
-ForwardPlan plan_forward(ForwardParams const& params, int64_t num_multiprocessors) {
+ForwardPlan plan_forward(ForwardParams const& params, Processors const& processors) {
   LayoutParams const& layout = params.layout;
   check_positions(layout);
   ForwardPlan plan;
@@ -85,17 +89,19 @@ ForwardPlan plan_forward(ForwardParams const& params, int64_t num_multiprocessor
   plan.tile_rows = tile_rows(bucket, plan.few_rows);
   plan.tiles = ceil_div(rows, plan.tile_rows);
   int64_t const tiles = plan.tiles * layout.h_kv * layout.b;
-  int64_t const places = num_multiprocessors * blocks_a_processor(bucket, plan.few_rows);
+  int64_t const places = processors.count * blocks_a_processor(bucket, plan.few_rows);
   int64_t pieces = 1;
   if (tiles > 0 && tiles < places) pieces = ceil_div(places, tiles);
   if (params.plan.num_splits > 0) pieces = params.plan.num_splits;
-  if (pieces > kMaxPieces) pieces = kMaxPieces;
 
   // One extent for all sequences: no shorter one may have more segments than the longest.
   if (!params.plan.deterministic)
-    plan.segmentation = Segmentation::of_splits(layout.s_k, pieces, contract::kSm80BlockKeys);
+    plan.segmentation = Segmentation::of_splits(layout.s_k, pieces, kSplitKeys);
   plan.num_segments = plan.segmentation.count(layout.s_k);
-  if (pieces > plan.num_segments) pieces = plan.num_segments;
+  // Rather more pieces than places than uneven ones.
+  int64_t const segments_each = plan.num_segments > pieces ? plan.num_segments / pieces : 1;
+  pieces = ceil_div(plan.num_segments, segments_each);
+  if (pieces > kMaxPieces) pieces = kMaxPieces;
   int64_t const partial_floats = plan.num_segments * partial_rows(layout) * (layout.d + 2);
   plan.pieces = pieces < 1 || partial_floats > kMaxPartialFloats ? 1 : pieces;
   plan.work = plan.blocks = tiles * plan.pieces;
@@ -104,9 +110,12 @@ ForwardPlan plan_forward(ForwardParams const& params, int64_t num_multiprocessor
   plan.section = heads_a_section(bytes, layout.h_kv * layout.b);
   if (plan.pieces > 1) {
     plan.scratch_floats = partial_floats;
-  } else if (plan.num_segments > 1) {
+  } else if (plan.num_segments > 1 && !plan.few_rows) {  // few rows fold in registers
     if (plan.blocks > places) plan.blocks = places;
-    plan.scratch_floats = plan.blocks * plan.tile_rows * bucket + 1;  // and the counter of work
+    plan.fold_shared = fold_vectors_in_shared(bucket, processors.shared_bytes);
+    int64_t const vectors = fold_vectors(bucket) - plan.fold_shared;
+    // And the counter of work.
+    plan.scratch_floats = plan.blocks * vectors * kThreadsABlock * 4 + 1;
   }
   return plan;
 }
@@ -125,7 +134,7 @@ void forward(ForwardParams const& call, ForwardPlan const& plan, float* scratch,
   if (hands_on) launch.call.lse = nullptr;  // partials are all that is written
   if (plan.work == 0) return launch_rest(launch, on);
   if (hands_on) {
-    launch.plan.blocks = plan.work;
+    launch.plan.blocks = plan.work, launch.plan.fold_shared = 0;
   } else if (plan.pieces > 1) {
     PartialBuffers& partials = launch.call.partials;
     partials.rows = partial_rows(call.layout);

@@ -1,21 +1,38 @@
 // One forward kernel on a stream.
 #pragma once
 
+#include <type_traits>
+
 #include "csrc/cuda/errors.cuh"
-#include "csrc/sm80/forward_kernel.cuh"
+#include "csrc/sm80/forward_few.cuh"
 #include "csrc/sm80/forward_launch.h"
+#include "csrc/sm80/forward_many.cuh"
 
 namespace fa::sm80 {
 
 template <class Traits>
+__global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksAProcessor) void forward_kernel(
+    __grid_constant__ ForwardLaunch const launch) {
+  using Tile = std::conditional_t<Traits::kFewRows, FewRowsTile<Traits>, ManyRowsTile<Traits>>;
+  extern __shared__ __align__(128) char memory[];
+  Tile(launch, memory).run();
+}
+
+template <class Traits>
 void launch_forward(ForwardLaunch const& launch, cudaStream_t stream) {
   auto const kernel = forward_kernel<Traits>;
-  constexpr int kBytes = kForwardSharedBytes<Traits>, kDefaultBytes = 48 * 1024;
-  if constexpr (kBytes > kDefaultBytes) {
-    fa::cuda::check(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
+  constexpr int kDefaultBytes = 48 * 1024;
+  int bytes = 0;
+  if constexpr (Traits::kFewRows) {
+    bytes = Traits::kTileBytes + static_cast<int>(sizeof(FewRowsShared<Traits>));
+  } else {
+    bytes = Traits::kSharedBytes + launch.plan.fold_shared * Traits::kThreads * 16;
   }
-  kernel<<<static_cast<unsigned>(launch.plan.blocks), Traits::kThreads, kBytes, stream>>>(launch);
+  if (bytes > kDefaultBytes) {
+    fa::cuda::check(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  }
+  kernel<<<static_cast<unsigned>(launch.plan.blocks), Traits::kThreads, bytes, stream>>>(launch);
   fa::cuda::check(cudaGetLastError());
 }
 

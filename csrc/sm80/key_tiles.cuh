@@ -6,11 +6,11 @@
 
 namespace fa::sm80 {
 
-// Traits: kD, kWarps, kBlockKeys, kAnyAddress, kPaged. Lies in shared memory: registers are short
+// Traits: kD, kWarps, kLoadKeys, kAnyAddress, kPaged. Lies in shared memory: registers are short
 // where it is used.
 template <class Traits>
 struct KeyTiles {
-  static constexpr int kD = Traits::kD, kWarpRows = Traits::kBlockKeys / Traits::kWarps;
+  static constexpr int kD = Traits::kD, kWarpRows = Traits::kLoadKeys / Traits::kWarps;
 
   char const* first;   // row 0 of the sequence, or of page 0 in a paged cache
   int64_t row_bytes;   //
@@ -33,7 +33,7 @@ struct KeyTiles {
     aligned = on_sixteen_bytes;
   }
 
-  // This warp's share of rows [block, block + kBlockKeys) of the tile `to`; what lies beyond s_k
+  // This warp's share of rows [block, block + kLoadKeys) of the tile `to`; what lies beyond s_k
   // becomes zeros and is not read.
   __device__ __forceinline__ void load(uint32_t to, int block, int warp, int lane) const {
     int const own = warp * kWarpRows, begin = block + own, present = s_k - begin;

@@ -1,42 +1,91 @@
-// The shapes of the sm80 family's kernels.
+// The shapes of the sm80 family's forward kernels.
 //
-// A warp owns kRowTiles times sixteen rows whole: their scores, their probabilities and their
-// outputs never leave its registers. Two tiles of sixteen read half as much of shared memory for a
-// product as one; above d = 128 the output of two does not fit into the registers.
+// Many rows: a warp owns kRowTiles times sixteen rows whole: their scores, their probabilities and
+// their outputs never leave its registers. Two tiles of sixteen read half as much of shared memory
+// for a product as one; above d = 128 the output of two does not fit into the registers.
+// Few rows: sixteen, and four warps that share a span of keys.
 #pragma once
 
 #include "csrc/core/contract.h"
 
 namespace fa::sm80 {
 
+constexpr int kBlockKeys = static_cast<int>(contract::kSm80BlockKeys);
+constexpr int kWarpsABlock = 4, kThreadsABlock = 32 * kWarpsABlock;
+constexpr int kFewRows = 16;
+
+// Keys that few rows take at a time: whole blocks, which 99 KB of shared memory hold twice.
+constexpr int span_keys(int d) { return d <= 128 ? 128 : 64; }
+
+constexpr int tile_rows(int d, bool few_rows) { return few_rows ? kFewRows : d <= 128 ? 128 : 64; }
+
 // Thread blocks that a multiprocessor is meant to hold; the registers are cut to fit, and a plan
-// counts on them. One of a single warp is limited by shared memory, not by registers.
+// counts on them.
 constexpr int blocks_a_processor(int d, bool few_rows) {
-  if (few_rows) return d <= 64 ? 12 : d <= 96 ? 8 : d <= 128 ? 6 : d <= 192 ? 4 : 3;
-  return d <= 64 ? 3 : 2;
+  if (few_rows) return d <= 64 ? 4 : 3;
+  return 2;
 }
 
-// Rows of a tile: one warp's sixteen, or four warps'.
-constexpr int tile_rows(int d, bool few_rows) { return few_rows ? 16 : d <= 128 ? 128 : 64; }
+// Stages of keys and values: with two, a block is on its way while the one before is worked on.
+constexpr int key_stages(int d) { return d <= 96 ? 2 : 1; }
+
+// Shared memory of a thread block of many rows: queries, blocks of keys and of values; the rows'
+// views, and what is needed once a tile.
+constexpr int tile_bytes(int d) {
+  return (tile_rows(d, false) + kBlockKeys * 2 * key_stages(d)) * d * 2;
+}
+constexpr int shared_bytes(int d) { return tile_bytes(d) + tile_rows(d, false) * 32 + 256; }
+
+// The fold of a tile of many rows, in vectors of four floats a thread; kFoldStep of them lie
+// together, in shared memory or in scratch.
+constexpr int kFoldStep = 4;
+constexpr int fold_vectors(int d) { return tile_rows(d, false) * d / 4 / kThreadsABlock; }
+// How many of them find room in shared memory when a multiprocessor has `bytes` for its blocks.
+constexpr int fold_vectors_in_shared(int d, int64_t bytes) {
+  constexpr int64_t kReserved = 1024;  // of the system, for each block
+  int64_t const rest = bytes / blocks_a_processor(d, false) - kReserved - shared_bytes(d);
+  int64_t const fit = rest / (kThreadsABlock * 16) / kFoldStep * kFoldStep;
+  int64_t const all = fold_vectors(d);
+  return static_cast<int>(fit < 0 ? 0 : fit < all ? fit : all);
+}
 
 // kFeatures: softcap, ALiBi, dropout, a scale that is not positive, rows that do not lie on sixteen
 // bytes. What a call does not use of it does not change its bits.
-template <class Element_, int kD_, bool kFewRows_, bool kFeatures_>
+template <class Element_, int kD_, bool kFeatures_>
 struct ForwardTraits {
   using Element = Element_;
   static constexpr int kD = kD_;
-  static constexpr bool kFewRows = kFewRows_, kFeatures = kFeatures_;
-  static constexpr bool kAnyAddress = kFeatures, kPaged = true;
-  static constexpr int kRows = tile_rows(kD, kFewRows), kWarps = kFewRows ? 1 : 4;
-  static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kRowsAWarp = kRows / kWarps, kRowTiles = kRowsAWarp / 16;
+  static constexpr bool kFeatures = kFeatures_, kAnyAddress = kFeatures, kPaged = true;
+  static constexpr int kWarps = kWarpsABlock, kThreads = kThreadsABlock;
+};
+
+template <class Element, int kD, bool kFeatures>
+struct ManyRows : ForwardTraits<Element, kD, kFeatures> {
+  static constexpr bool kFewRows = false;
+  static constexpr bool kKeepsNumbers = kD <= 64;  // of warp and lane in registers: there are some
+  static constexpr int kRows = tile_rows(kD, false), kRowsAWarp = kRows / kWarpsABlock;
+  static constexpr int kRowTiles = kRowsAWarp / 16;
   static constexpr int kThreadRows = 2 * kRowTiles;  // that a thread holds elements of
-  static constexpr int kBlockKeys = static_cast<int>(contract::kSm80BlockKeys);
-  static constexpr int kBlocksAProcessor = blocks_a_processor(kD, kFewRows);
+  static constexpr int kLoadKeys = kBlockKeys, kStages = key_stages(kD);
+  static constexpr int kBlocksAProcessor = blocks_a_processor(kD, false);
 
   static constexpr int kQueryBytes = kRows * kD * 2;
-  static constexpr int kBlockBytes = kBlockKeys * kD * 2;  // of keys, and of values
-  static constexpr int kTileBytes = kQueryBytes + 2 * kBlockBytes;
+  static constexpr int kLoadBytes = kLoadKeys * kD * 2;  // of keys, and of values
+  static constexpr int kTileBytes = tile_bytes(kD), kSharedBytes = shared_bytes(kD);
+};
+
+template <class Element, int kD, bool kFeatures>
+struct FewRows : ForwardTraits<Element, kD, kFeatures> {
+  static constexpr bool kFewRows = true, kKeepsNumbers = true;
+  static constexpr int kRows = 16, kRowsAWarp = kRows;  // every warp computes for all
+  static constexpr int kLoadKeys = span_keys(kD), kWarpKeys = kLoadKeys / kWarpsABlock;
+  static constexpr int kBlocks = kLoadKeys / kBlockKeys;
+  static constexpr int kBlocksAProcessor = blocks_a_processor(kD, true);
+
+  static constexpr int kQueryBytes = kRows * kD * 2;
+  static constexpr int kLoadBytes = kLoadKeys * kD * 2;
+  static constexpr int kScoreBytes = kRows * kLoadKeys * 2;  // probabilities of a span
+  static constexpr int kTileBytes = kQueryBytes + 2 * kLoadBytes + kScoreBytes;
 };
 
 }  // namespace fa::sm80

@@ -1,7 +1,0 @@
-// Written by generate.py.
-#include "csrc/sm80/backward_launch.cuh"
-
-namespace fa::sm80 {
-using Traits = KeyTile<__nv_bfloat16, 64, true>;
-template void launch_key_tiles<Traits>(BackwardLaunch const&, cudaStream_t);
-}  // namespace fa::sm80

@@ -1,7 +1,0 @@
-// Written by generate.py.
-#include "csrc/sm80/backward_launch.cuh"
-
-namespace fa::sm80 {
-using Traits = QueryTile<__half, 64, true>;
-template void launch_query_tiles<Traits>(BackwardLaunch const&, cudaStream_t);
-}  // namespace fa::sm80

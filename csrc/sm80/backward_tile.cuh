@@ -1,0 +1,373 @@
+// dQ, dK and dV in one walk: a tile of keys, and for each query head of its
+// group in ascending order the queries that see it, ascending.
+//
+// P and dS go through shared memory, for every product takes them by other
+// rows. dK and dV stay in registers; a block of dQ is summed over tiles of
+// keys, ascending, in memory (sm80/turns.cuh).
+#pragma once
+
+#include "csrc/sm80/backward_scores.cuh"
+#include "csrc/sm80/backward_traits.h"
+#include "csrc/sm80/order.h"
+#include "csrc/sm80/turns.cuh"
+
+namespace fa::sm80 {
+
+// Where a thread block works, in shared memory: registers are short.
+struct KeyWalkPlace {
+  int ticket;
+  Sequence sequence;
+  char const *q, *dout;      // row 0 of the sequence and of head 0
+  float const *lse, *delta;  // (head 0, query 0)
+  int64_t first_sums;        // block of dQ's sums that (head 0, query 0) lies in
+};
+
+// A block of queries of one head, in the order of the walk.
+struct WalkStep {
+  int head, block;
+};
+
+template <class Traits>
+struct KeyWalk {
+  using Element = typename Traits::Element;
+  static constexpr int kD = Traits::kD, kKeys = Traits::kKeys, kQueries = Traits::kQueries;
+  static constexpr int kScoreKeys = Traits::kScoreKeys, kScoreGroups = kScoreKeys / 8;
+  static constexpr int kKeyParts = Traits::kKeyParts, kQueryParts = Traits::kQueryParts;
+  static constexpr int kQueryTiles = Traits::kQueryTiles, kWarpRows = kKeys / Traits::kWarps;
+  static constexpr int kWarpQueries = kQueries / Traits::kWarps;
+  static constexpr int64_t kBytes = 2;
+  using Scores = Product<2, kScoreGroups>;         // (32 queries, kScoreKeys)
+  using KeyPart = Product<2, kD / 8 / kKeyParts>;  // (32 keys, kD / kKeyParts)
+  using QueryPart = Product<kQueryTiles, kD / 8 / kQueryParts>;
+  static_assert(sizeof(KeyWalkPlace) <= Traits::kPlaceBytes);
+
+  BackwardLaunch const& launch;
+  BackwardParams const& call;
+  char* const memory;
+  KeyWalkPlace& at;
+  int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int s_q, s_k, first_key, begin, end, end_head;
+
+  __device__ KeyWalk(BackwardLaunch const& l, char* m)
+      : launch(l), call(l.call), memory(m), at(*reinterpret_cast<KeyWalkPlace*>(m)) {}
+
+  // Tiles: k, v (kKeys, kD), p, ds (kQueries, kKeys); of a stage q, dout
+  // (kQueries, kD).
+  __device__ uint32_t k() const { return shared_address(memory) + Traits::kPlaceBytes; }
+  __device__ uint32_t v() const { return k() + Traits::kKeyBytes; }
+  __device__ uint32_t p() const { return v() + Traits::kKeyBytes; }
+  __device__ uint32_t ds() const { return p() + Traits::kScoreBytes; }
+  __device__ uint32_t q(int stage) const {
+    return ds() + Traits::kScoreBytes + stage * Traits::kStageBytes;
+  }
+  __device__ uint32_t dout(int stage) const { return q(stage) + Traits::kQueryBytes; }
+  __device__ float* row_values(int stage) const {  // lse, then delta
+    return reinterpret_cast<float*>(memory + (dout(stage) - shared_address(memory)) +
+                                    Traits::kQueryBytes);
+  }
+
+  __device__ void run() {
+    LayoutParams const& layout = call.layout;
+    int const h_kv = static_cast<int>(layout.h_kv), heads = h_kv * static_cast<int>(layout.b);
+    if (threadIdx.x == 0) at.ticket = atomicAdd(launch.next_ticket, 1);  // integer
+    __syncthreads();                                                     // the ticket is there
+    Place const place = place_of(at.ticket, heads, launch.tiles, launch.section);
+    int const head_kv = place.head % h_kv, batch = place.head / h_kv;
+    int const tile = place.rank;  // early keys are seen by more queries; nobody
+                                  // waits for later ones
+    if (threadIdx.x == 0) {
+      Sequence const s = sequence_of(layout, batch);
+      at.sequence = s;
+      at.q = query_row(call.q, s, 0, 0, kBytes);
+      at.dout = query_row(call.dout, s, 0, 0, kBytes);
+      at.lse = call.lse + s.lse_base;
+      at.delta = call.delta + delta_base(call, s, batch);
+      at.first_sums = first_sum_block(layout, s, batch);
+    }
+    __syncthreads();  // the sequence is there
+    Diagonals const mask(call.score, at.sequence);
+    s_q = mask.s_q, s_k = mask.s_k, first_key = tile * kKeys;
+    if (first_key >= s_k) return;
+    int const group = static_cast<int>(layout.h_q) / h_kv;
+    int const last_key = min(first_key + kKeys, s_k) - 1;
+    begin = max(first_key - mask.highest, 0) & -kQueries;
+    end = min(last_key - mask.lowest + 1, s_q);
+    end_head = (head_kv + 1) * group;
+    WalkStep const first{begin < end ? head_kv * group : end_head, begin};
+    walk(first, mask, tile, head_kv, batch);
+  }
+
+  __device__ __forceinline__ WalkStep after(WalkStep step) const {
+    if (step.block + kQueries < end) return {step.head, step.block + kQueries};
+    return {step.head + 1, begin};
+  }
+  __device__ __forceinline__ bool over(WalkStep step) const { return step.head >= end_head; }
+  // The block of dQ's sums that a step adds to.
+  __device__ __forceinline__ int64_t sums(WalkStep step) const {
+    return step.head * launch.sums.blocks + at.first_sums + step.block / kQueries;
+  }
+  // The keys that queries of a block see lie in tiles first, ..., last. These
+  // add in this order.
+  __device__ __forceinline__ int first_tile(WalkStep step, Diagonals const& mask) const {
+    return max(step.block + mask.lowest, 0) / kKeys;
+  }
+  __device__ __forceinline__ int last_tile(WalkStep step, Diagonals const& mask) const {
+    return min(min(step.block + kQueries, s_q) - 1 + mask.highest, s_k - 1) / kKeys;
+  }
+
+  // What does not exist is zero; its scores are masked.
+  __device__ __forceinline__ void load_queries(WalkStep step, int stage) const {
+    int const own = warp * kWarpQueries, first = step.block + own;
+    auto const fill = [&](uint32_t tile, char const* base, RowTensor const& t) {
+      fill_even_rows<kD, kWarpQueries, Traits::kAnyAddress>(
+          tile, own, base + (first * t.row_stride + step.head * t.head_stride) * kBytes,
+          t.row_stride * kBytes, s_q - first, static_cast<int>(call.layout.d), launch.aligned,
+          lane);
+    };
+    fill(q(stage), at.q, call.q);
+    fill(dout(stage), at.dout, call.dout);
+    int const thread = static_cast<int>(threadIdx.x), query = step.block + thread % kQueries;
+    if (thread < Traits::kRowValues) {
+      float const* const from = thread < kQueries ? at.lse + step.head * call.layout.lse_head_stride
+                                                  : at.delta + step.head * call.delta_head_stride;
+      copy4_async(shared_address(row_values(stage) + thread), from + query, query < s_q);
+    }
+    commit_copies();
+  }
+
+  __device__ void walk(WalkStep step, Diagonals const& mask, int tile, int head_kv, int batch) {
+    fill_keys(k(), call.k, head_kv);
+    fill_keys(v(), call.v, head_kv);
+    commit_copies();
+    uint64_t dropout_key = 0;
+    if (Traits::kFeatures && launch.scale.drops) dropout_key = philox_key(call.score.seed);
+    KeyPart dk, dv;
+    set_zero(dk);
+    set_zero(dv);
+    int stage = 0;
+    Turns before{};  // of the block that this thread block added to last
+    if (!over(step)) load_queries(step, 0);
+#pragma unroll 1
+    while (!over(step)) {  // heads ascending, in each queries ascending
+      WalkStep const next = after(step);
+      wait_copies<0>();
+      __syncthreads();  // the queries are there for all, and nobody reads those
+                        // before any more
+      Turns const turns{launch.sums.turns + sums(step)};
+      bool const first = tile == first_tile(step, mask), last = tile == last_tile(step, mask);
+      int const turn = tile - first_tile(step, mask);
+      int seen = 0;
+      auto const in_between = [&] {
+        if (threadIdx.x == 0) {  // before the copies, for which passing on would wait
+          if (before.count) before.pass_on();
+          seen = turns.look();
+        }
+        if (launch.stages == 2 && !over(next)) load_queries(next, stage ^ 1);
+      };
+      scores(step, stage, warp, mask, batch, dropout_key, in_between);
+#pragma unroll
+      for (int part = 1; part < Traits::kScoreParts; ++part) {
+        scores(step, stage, warp + part * Traits::kWarps, mask, batch, dropout_key, [] {});
+      }
+      if (threadIdx.x == 0 && (seen < turn || last)) turns.wait_for(turn);
+      before = turns;
+      __syncthreads();  // P and dS are there, and it is this tile's turn
+      multiply_scores(dv, p(), dout(stage));
+      multiply_scores(dk, ds(), q(stage));
+      add_to_dq(step, first, last);
+      if (launch.stages == 2) {
+        stage ^= 1;
+      } else {
+        __syncthreads();  // all have read the queries
+        if (!over(next)) load_queries(next, 0);
+      }
+      step = next;
+    }
+    wait_copies<0>();
+    __syncthreads();  // all have added to dQ, and read the keys: their room is
+                      // the results' now
+    if (threadIdx.x == 0 && before.count) before.pass_on();
+    put(k(), dk, static_cast<float>(call.score.softmax_scale));
+    put(v(), dv, 1.0f);
+    __syncthreads();  // the rows are complete
+    store_keys(k(), call.dk, head_kv);
+    store_keys(v(), call.dv, head_kv);
+  }
+
+  __device__ void fill_keys(uint32_t tile, RowTensor const& t, int head_kv) const {
+    KeyRows const rows = key_rows(t, call.layout, at.sequence, head_kv, kBytes);
+    int const own = warp * kWarpRows, key = first_key + own;
+    fill_even_rows<kD, kWarpRows, Traits::kAnyAddress>(tile, own, rows.row(key), rows.row_bytes,
+                                                       s_k - key, static_cast<int>(call.layout.d),
+                                                       launch.aligned, lane);
+  }
+
+  // P (for dV) and dS of one of eight parts, into their tiles. between() runs
+  // between the two products.
+  template <class Between>
+  __device__ __forceinline__ void scores(WalkStep step, int stage, int part, Diagonals const& mask,
+                                         int batch, uint64_t dropout_key,
+                                         Between const& between) const {
+    int const row = part / 4 * 32, column = part % 4 * kScoreKeys;
+    int const query = step.block + row, key = first_key + column;
+    int const thread_row = row + lane / 4, thread_key = key + lane % 4 * 2;
+    Scores s, dp;
+    multiply_rows<Element, kD>(s, q(stage), row, k(), column, lane);
+    between();
+    multiply_rows<Element, kD>(dp, dout(stage), row, v(), column, lane);
+    if (!mask.every(query, query + 32, key, key + kScoreKeys)) {
+      mask_scores(s, dp, [&](int r, int n) {
+        return mask.sees(step.block + thread_row + r, thread_key + n);
+      });
+    }
+    float const alibi_slope =
+        Traits::kFeatures && call.score.alibi
+            ? call.score.alibi[batch * call.score.alibi_batch_stride + step.head] * kLog2E
+            : 0.0f;
+    float const* const values = row_values(stage) + thread_row;
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      int const below = r / 2 * 16 + r % 2 * 8;
+      float const lse_log2 = values[below] * kLog2E, delta = values[kQueries + below];
+      RowView view;
+      view.query = step.block + thread_row + below, view.head = step.head;
+      view.diagonal = view.query + mask.offset, view.alibi_slope = alibi_slope;
+#pragma unroll
+      for (int n = 0; n < kScoreGroups; ++n) {
+        float (&x)[4] = s[r / 2][n];
+        float (&y)[4] = dp[r / 2][n];
+        float2 keep = make_float2(1.0f, 1.0f);
+        if (Traits::kFeatures && launch.scale.drops) {
+          keep = dropout_factors(launch.scale.keep, dropout_key, view, batch, thread_key + n * 8);
+        }
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          gradient_of_score<Traits::kFeatures>(x[r % 2 * 2 + i], y[r % 2 * 2 + i], lse_log2, delta,
+                                               launch.scale, view, thread_key + n * 8 + i,
+                                               i == 0 ? keep.x : keep.y);
+        }
+        uint32_t const to =
+            TileLayout<kKeys>::offset(thread_row + below, column / kChunk + n) + lane % 4 * 4;
+        store_pair(p() + to, pack2<Element>(x[r % 2 * 2], x[r % 2 * 2 + 1]));
+        store_pair(ds() + to, pack2<Element>(y[r % 2 * 2], y[r % 2 * 2 + 1]));
+      }
+    }
+  }
+
+  // This warp's part of a gradient of keys += x^T b, x (kQueries, kKeys), b
+  // (kQueries, kD).
+  __device__ __forceinline__ void multiply_scores(KeyPart& c, uint32_t x, uint32_t b) const {
+    int const group = warp % Traits::kKeyGroups, part = warp / Traits::kKeyGroups;
+    auto const a_at = cursor_a_transposed<kKeys>(x, lane, group * (32 / kChunk));
+    auto const b_at = cursor_b_transposed<kD>(b, 0, lane, 2 * part);
+    accumulate<Element, kQueries>(
+        c,
+        [&](int i, int t, uint32_t (&to)[4]) {
+          load_matrix_transposed(to, a_at.at(i * 16, 2 * t));
+        },
+        [&](int i, int n, uint32_t (&to)[4]) {
+          load_matrix_transposed(to, b_at.at(i * 16, 2 * kKeyParts * n));
+        });
+  }
+
+  // This warp's part of dS K, to what earlier tiles added; the last one has the
+  // gradient.
+  __device__ __forceinline__ void add_to_dq(WalkStep step, bool first, bool last) const {
+    int const group = warp % Traits::kQueryGroups, part = warp / Traits::kQueryGroups;
+    QueryPart dq;
+    set_zero(dq);
+    auto const a_at = cursor_a<kKeys>(ds(), group * 16 * kQueryTiles, lane);
+    auto const b_at = cursor_b_transposed<kD>(k(), 0, lane, 2 * part);
+    accumulate<Element, kKeys>(
+        dq, [&](int i, int t, uint32_t (&to)[4]) { load_matrix(to, a_at.at(t * 16, 2 * i)); },
+        [&](int i, int n, uint32_t (&to)[4]) {
+          load_matrix_transposed(to, b_at.at(i * 16, 2 * kQueryParts * n));
+        });
+    constexpr int kGroups = kD / 8 / kQueryParts, kThreads = Traits::kThreads;
+    float4* const mine =
+        launch.sums.sums + sums(step) * (kQueryTiles * kGroups * kThreads) + threadIdx.x;
+    auto const vector = [&](int t, int n) { return mine + (t * kGroups + n) * kThreads; };
+    auto const share = [&](int t, int n) {
+      float const(&x)[4] = dq[t][n];
+      return make_float4(x[0], x[1], x[2], x[3]);
+    };
+    if (!first && !last) {
+#pragma unroll
+      for (int t = 0; t < kQueryTiles; ++t)
+#pragma unroll
+        for (int n = 0; n < kGroups; ++n) add_to_memory(vector(t, n), share(t, n));
+      return;
+    }
+#pragma unroll
+    for (int t = 0; t < kQueryTiles; ++t)
+#pragma unroll
+      for (int n = 0; n < kGroups; ++n) {
+        float4 const before = first ? make_float4(0.0f, 0.0f, 0.0f, 0.0f) : __ldcg(vector(t, n));
+        float4 const sum = add_as_memory(before, share(t, n));
+        if (!last) __stcg(vector(t, n), sum);
+        dq[t][n][0] = sum.x, dq[t][n][1] = sum.y, dq[t][n][2] = sum.z, dq[t][n][3] = sum.w;
+      }
+    if (last) store_queries(step, dq, group * 16 * kQueryTiles, part);
+  }
+
+  __device__ __forceinline__ void store_queries(WalkStep step, QueryPart const& dq, int first_row,
+                                                int part) const {
+    float const scale = static_cast<float>(call.score.softmax_scale);
+    int const d = static_cast<int>(call.layout.d);
+#pragma unroll
+    for (int r = 0; r < 2 * kQueryTiles; ++r) {
+      int const query = step.block + first_row + r / 2 * 16 + r % 2 * 8 + lane / 4;
+      if (query >= s_q) continue;
+      uint16_t* const row =
+          reinterpret_cast<uint16_t*>(query_row(call.dq, at.sequence, query, step.head, kBytes));
+#pragma unroll
+      for (int n = 0; n < kD / 8 / kQueryParts; ++n) {
+        int const column = (n / 2 * kQueryParts + part) * 16 + n % 2 * 8 + lane % 4 * 2;
+        float const(&x)[4] = dq[r / 2][n];
+        // Adding +0 gives all zeros one sign.
+        uint32_t const both = with_common_nan<Element>(
+            pack2<Element>(x[r % 2 * 2] * scale + 0.0f, x[r % 2 * 2 + 1] * scale + 0.0f));
+        if (!Traits::kAnyAddress || launch.aligned) {
+          if (column < d) *reinterpret_cast<uint32_t*>(row + column) = both;
+        } else {
+          if (column < d) row[column] = static_cast<uint16_t>(both);
+          if (column + 1 < d) row[column + 1] = static_cast<uint16_t>(both >> 16);
+        }
+      }
+    }
+  }
+
+  // This warp's part of a gradient of keys, times factor, into a tile (kKeys,
+  // kD).
+  __device__ __forceinline__ void put(uint32_t tile, KeyPart const& c, float factor) const {
+    int const group = warp % Traits::kKeyGroups, part = warp / Traits::kKeyGroups;
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      int const row = group * 32 + r / 2 * 16 + r % 2 * 8 + lane / 4;
+#pragma unroll
+      for (int n = 0; n < kD / 8 / kKeyParts; ++n) {
+        float const(&x)[4] = c[r / 2][n];
+        int const chunk = (n / 2 * kKeyParts + part) * 2 + n % 2;
+        store_pair(tile + TileLayout<kD>::offset(row, chunk) + lane % 4 * 4,
+                   pack2<Element>(x[r % 2 * 2] * factor + 0.0f, x[r % 2 * 2 + 1] * factor + 0.0f));
+      }
+    }
+  }
+
+  __device__ void store_keys(uint32_t tile, RowTensor const& t, int head_kv) const {
+    int const own = warp * kWarpRows, key = first_key + own + lane;
+    KeyRows const rows = key_rows(t, call.layout, at.sequence, head_kv, kBytes);
+    char* const to = lane < kWarpRows && key < s_k ? rows.row(key) : nullptr;
+    store_rows<Element, kD, kWarpRows, Traits::kAnyAddress>(
+        tile, to, own, static_cast<int>(call.layout.d), launch.aligned, lane);
+  }
+};
+
+template <class Traits>
+__global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksAProcessor) void key_walk_kernel(
+    __grid_constant__ BackwardLaunch const launch) {
+  extern __shared__ __align__(128) char memory[];
+  KeyWalk<Traits>(launch, memory).run();
+}
+
+}  // namespace fa::sm80

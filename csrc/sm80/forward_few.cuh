@@ -1,0 +1,250 @@
+// The forward pass of one thread block with few rows: sixteen, against consecutive segments of
+// keys.
+//
+// What bounds it is memory, so four warps share the rows and a span of keys: each has the scores of
+// its own keys, hands its probabilities round, and then has its own columns of the output. The
+// order of arithmetic is that of many rows, block for block.
+#pragma once
+
+#include "csrc/sm80/forward_scores.cuh"
+#include "csrc/sm80/forward_tile.cuh"
+
+namespace fa::sm80 {
+
+template <class Traits>
+struct FewRowsShared {
+  TilePlace<Traits> place;
+  float top[kWarpsABlock][Traits::kRows];               // maxima of each warp's keys
+  float sum[Traits::kLoadKeys / 16][Traits::kRows][4];  // of each sixteen keys, by lane
+  float m[Traits::kRows], l[Traits::kRows];             // of finished rows
+};
+
+template <class Traits>
+struct FewRowsTile : ForwardTile<Traits> {
+  using Base = ForwardTile<Traits>;
+  using Base::call, Base::lane, Base::launch, Base::place, Base::warp;
+  using Element = typename Traits::Element;
+  static constexpr int kD = Traits::kD, kRows = Traits::kRows, kSpan = Traits::kLoadKeys;
+  static constexpr int kWarpKeys = Traits::kWarpKeys, kBlocks = Traits::kBlocks;
+  static constexpr int kWarpsOfBlock = kWarpsABlock / kBlocks;
+  static constexpr int kGroups = kD / 8 / kWarpsABlock;  // of eight columns, two of each sixteen
+  using Scores = Product<1, kWarpKeys / 8>;
+  using Columns = Product<1, kGroups>;
+
+  FewRowsShared<Traits>& shared;
+  uint32_t const q, k, v, p;  // tiles (kRows, kD), (kSpan, kD), (kSpan, kD), (kRows, kSpan)
+
+  // Of rows lane / 4 and + 8: this segment, and what was before it. Maxima and sums are the same in
+  // all warps.
+  Columns o, fold;
+  float m[2], l[2], m_fold[2], l_fold[2];
+
+  __device__ FewRowsTile(ForwardLaunch const& l, char* memory)
+      : FewRowsTile(l, memory,
+                    *reinterpret_cast<FewRowsShared<Traits>*>(memory + Traits::kTileBytes)) {}
+  __device__ FewRowsTile(ForwardLaunch const& l, char* memory, FewRowsShared<Traits>& s)
+      : Base(l, s.place),
+        shared(s),
+        q(shared_address(memory)),
+        k(q + Traits::kQueryBytes),
+        v(k + Traits::kLoadBytes),
+        p(v + Traits::kLoadBytes) {}
+
+  __device__ void run() {
+    this->find_place(static_cast<int>(blockIdx.x));
+    if (this->find_rows()) run_tile();
+  }
+
+  __device__ void open_segment() {
+    set_zero(o);
+    m[0] = m[1] = -INFINITY, l[0] = l[1] = 0.0f;
+  }
+
+  __device__ void run_tile() {
+    contract::KeyRange const keys = this->keys();
+    int const begin = static_cast<int>(keys.begin), end = static_cast<int>(keys.end);
+    if (launch.partials && begin >= end) return;  // the fold leaves out what a row does not see
+    RowView const &first = place.rows[0], &last = place.rows[this->rows_here() - 1];
+    int const last_begin = last.begin, first_end = first.end;  // between them all rows see
+    uint64_t dropout_key = 0;
+    if (Traits::kFeatures && launch.scale.drops) dropout_key = philox_key(call.score.seed);
+    float const exponent_scale = launch.scale.exponent_scale;
+
+    open_segment();
+    set_zero(fold);
+    m_fold[0] = m_fold[1] = -INFINITY, l_fold[0] = l_fold[1] = 0.0f;
+    if (begin < end) {
+      int segment = static_cast<int>(launch.plan.segmentation.of(begin));
+      int segment_end = this->segment_begin(segment + 1);
+      if (warp == 0) {
+        fill_scattered_rows<kD, kRows, Traits::kAnyAddress>(
+            q, 0, this->row_address(call.q, lane), nullptr, static_cast<int>(call.layout.d),
+            launch.aligned, lane);
+      }
+      place.keys.load(k, begin, warp, lane);
+      commit_copies();
+      place.values.load(v, begin, warp, lane);
+      commit_copies();
+      wait_copies<1>();
+      __syncthreads();  // the queries are there
+#pragma unroll 1
+      for (int span = begin; span < end; span += kSpan) {  // ascending
+        int const next = span + kSpan;
+        wait_copies<1>();
+        __syncwarp();  // the keys that this warp has brought are there: they are those it takes
+        Scores s_or_p;
+        multiply_rows<Element, kD>(s_or_p, q, 0, k, warp * kWarpKeys, lane);
+        __syncwarp();  // nobody reads them any more
+        if (next < end) place.keys.load(k, next, warp, lane);
+        commit_copies();
+        int const first_key = span + warp * kWarpKeys + lane % 4 * 2;
+        if (Traits::kFeatures || span < last_begin || next > first_end)
+          shape_and_mask<Traits::kFeatures>(s_or_p, place.rows, first_key, launch.scale, lane);
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          float const top = largest_score(s_or_p, r);
+          if (lane % 4 == 0) shared.top[warp][row_of(r, lane)] = top;
+        }
+        __syncthreads();  // the maxima are there, and nobody reads the probabilities any more
+        Move moves[kBlocks][2];
+        softmax(s_or_p, moves, exponent_scale);
+        if (Traits::kFeatures && launch.scale.drops)
+          drop(s_or_p, place.rows, first_key, launch.scale.keep, dropout_key, place.batch, lane);
+        put_probabilities(s_or_p);
+        wait_copies<1>();
+        __syncthreads();  // the probabilities and their sums are there, and the values
+        add_values(moves);
+        __syncthreads();  // nobody reads the values any more
+        if (next < end) place.values.load(v, next, warp, lane);
+        commit_copies();
+        if (next >= segment_end || next >= end) {
+          close(segment, exponent_scale);
+          open_segment();
+          segment += 1;
+          segment_end = this->segment_begin(segment + 1);
+        }
+      }
+    }
+    if (!launch.partials) finish();
+  }
+
+  // The maximum moves once a block; this warp's scores become probabilities at that of their block.
+  __device__ __forceinline__ void softmax(Scores& s, Move (&moves)[kBlocks][2],
+                                          float exponent_scale) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      int const row = row_of(r, lane);
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) {
+        float top = -INFINITY;
+#pragma unroll
+        for (int w = 0; w < kWarpsOfBlock; ++w)
+          top = fmaxf(top, shared.top[b * kWarpsOfBlock + w][row]);
+        moves[b][r] = Move::to(m[r], top, exponent_scale);
+      }
+      float reference = moves[0][r].reference;
+      if (kBlocks == 2 && warp >= kWarpsOfBlock) reference = moves[kBlocks - 1][r].reference;
+#pragma unroll
+      for (int n = 0; n < kWarpKeys / 16; ++n) {
+        shared.sum[warp * (kWarpKeys / 16) + n][row][lane % 4] =
+            exponentiate(s, r, 2 * n, exponent_scale, reference);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void put_probabilities(Scores const& s) const {
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+#pragma unroll
+      for (int n = 0; n < kWarpKeys / 8; ++n) {
+        int const chunk = warp * (kWarpKeys / kChunk) + n;
+        store_pair(p + TileLayout<kSpan>::offset(row_of(r, lane), chunk) + lane % 4 * 4,
+                   pack2<Element>(s[0][n][r * 2], s[0][n][r * 2 + 1]));
+      }
+  }
+
+  // l = l a + sum(p), o = o a + p v, block after block; of o this warp's columns.
+  __device__ __forceinline__ void add_values(Move const (&moves)[kBlocks][2]) {
+    auto const p_at = cursor_a<kSpan>(p, 0, lane);
+    auto const v_at = cursor_b_transposed<kD>(v, 0, lane, 2 * warp);
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        auto const sum = [&](int i) { return shared.sum[b * 4 + i][row_of(r, lane)][lane % 4]; };
+        l[r] = fmaf(l[r], moves[b][r].rescale, (sum(0) + sum(1)) + (sum(2) + sum(3)));
+      }
+      bool const moved = moves[b][0].rescale != 1.0f || moves[b][1].rescale != 1.0f;
+      rescale_rows(o, moved, [&](int r) { return moves[b][r].rescale; });
+      accumulate<Element, kBlockKeys>(
+          o, [&](int i, int, uint32_t (&to)[4]) { load_matrix(to, p_at.at(0, b * 8 + 2 * i)); },
+          [&](int i, int n, uint32_t (&to)[4]) {
+            load_matrix_transposed(to, v_at.at(b * kBlockKeys + i * 16, 2 * kWarpsABlock * n));
+          });
+    }
+  }
+
+  __device__ __forceinline__ int column_of(int n) const {
+    return (n / 2 * kWarpsABlock + warp) * 16 + n % 2 * 8 + lane % 4 * 2;
+  }
+
+  // The end of a segment: its rows are handed on, or folded.
+  __device__ __forceinline__ void close(int segment, float exponent_scale) {
+    Sequence const s = this->sequence();
+    int const d = static_cast<int>(call.layout.d);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      ClosedRow const closed = ClosedRow::of(m[r], l[r], exponent_scale);
+      if (!launch.partials) {
+        FoldedRow const folded = FoldedRow::of(m_fold[r], l_fold[r], closed);
+        m_fold[r] = folded.reference, l_fold[r] = folded.sum;
+#pragma unroll
+        for (int n = 0; n < kGroups; ++n)
+#pragma unroll
+          for (int i = 2 * r; i < 2 * r + 2; ++i) fold[0][n][i] = folded(fold[0][n][i], o[0][n][i]);
+        continue;
+      }
+      int const row = row_of(r, lane);
+      if (row >= this->rows_here()) continue;
+      int64_t const index = segment * call.partials.rows + this->lse_index(s, place.rows[row]);
+#pragma unroll
+      for (int n = 0; n < kGroups; ++n) {
+        this->emit_pair(call.partials.out + index * d, column_of(n), d,
+                        o[0][n][2 * r] * closed.weight, o[0][n][2 * r + 1] * closed.weight);
+      }
+      if (warp == 0 && lane % 4 == 0) {
+        call.partials.max_log2[index] = closed.reference;
+        call.partials.sum[index] = closed.sum;
+      }
+    }
+  }
+
+  // out = O * (1 / l); a row that saw nothing is zero.
+  __device__ void finish() const {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      int const row = row_of(r, lane);
+      float const inverse = contract::inverse_of_sum(l_fold[r]);
+#pragma unroll
+      for (int n = 0; n < kGroups; ++n) {  // the queries' room; adding +0: zeros have one sign
+        store_pair(q + TileLayout<kD>::offset(row, column_of(n) / kChunk) + lane % 4 * 4,
+                   pack2<Element>(fold[0][n][2 * r] * inverse + 0.0f,
+                                  fold[0][n][2 * r + 1] * inverse + 0.0f));
+      }
+      if (warp == 0 && lane % 4 == 0) shared.m[row] = m_fold[r], shared.l[row] = l_fold[r];
+    }
+    __syncthreads();  // the rows are complete
+    constexpr int kOwn = kRows / kWarpsABlock;
+    int const own = warp * kOwn;
+    char* const to = lane < kOwn ? this->row_address(call.out, own + lane) : nullptr;
+    store_rows<Element, kD, kOwn, Traits::kAnyAddress>(q, to, own, static_cast<int>(call.layout.d),
+                                                       launch.aligned, lane);
+    int const row = static_cast<int>(threadIdx.x);
+    if (row < this->rows_here()) {
+      call.lse[this->lse_index(this->sequence(), place.rows[row])] =
+          contract::log_sum_exp(shared.m[row], shared.l[row]);
+    }
+  }
+};
+
+}  // namespace fa::sm80

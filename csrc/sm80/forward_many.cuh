@@ -1,0 +1,211 @@
+// The forward pass of one thread block with many rows: tiles of query rows, each against
+// consecutive segments of keys.
+//
+// Blocks ascend inside a segment and segments in the fold. Which rows share a tile, which segments
+// a thread block takes and which tile comes after which is the scheduler's choice and cannot reach
+// a bit.
+#pragma once
+
+#include "csrc/sm80/forward_rows.cuh"
+#include "csrc/sm80/forward_tile.cuh"
+
+namespace fa::sm80 {
+
+template <class Traits>
+struct ManyRowsShared {
+  TilePlace<Traits> place;
+  float m_fold[Traits::kRows], l_fold[Traits::kRows];
+  int next_work;
+};
+
+template <class Traits>
+struct ManyRowsTile : ForwardTile<Traits> {
+  using Base = ForwardTile<Traits>;
+  using Base::call, Base::lane, Base::launch, Base::place, Base::warp;
+  using Element = typename Traits::Element;
+  using Rows = ForwardRows<Traits>;
+  static constexpr int kD = Traits::kD, kRows = Traits::kRows, kStages = Traits::kStages;
+  static constexpr int kStageBytes = 2 * Traits::kLoadBytes;
+
+  ManyRowsShared<Traits>& shared;
+  uint32_t const q, k, v;  // tiles (kRows, kD), (kBlockKeys, kD), (kBlockKeys, kD)
+  int const warp_row = warp * Traits::kRowsAWarp;  // first row of this warp, in the tile
+
+  __device__ ManyRowsTile(ForwardLaunch const& l, char* memory)
+      : ManyRowsTile(l, memory,
+                     *reinterpret_cast<ManyRowsShared<Traits>*>(memory + Traits::kTileBytes)) {}
+  __device__ ManyRowsTile(ForwardLaunch const& l, char* memory, ManyRowsShared<Traits>& s)
+      : Base(l, s.place),
+        shared(s),
+        q(shared_address(memory)),
+        k(q + Traits::kQueryBytes),
+        v(k + Traits::kLoadBytes) {
+    static_assert(Traits::kTileBytes + sizeof(ManyRowsShared<Traits>) <= Traits::kSharedBytes);
+  }
+
+  __device__ void run() {
+    int const total = static_cast<int>(launch.plan.work);
+    for (int work = static_cast<int>(blockIdx.x); work < total;) {
+      this->find_place(work);
+      if (this->find_rows()) run_tile();
+      if (!launch.next_work) return;
+      __syncthreads();  // all are done with this tile
+      if (threadIdx.x == 0)
+        shared.next_work = gridDim.x + atomicAdd(launch.next_work, 1);  // integer
+      __syncthreads();                                                  // the number is there
+      work = shared.next_work;
+    }
+  }
+
+  // The i-th row of this warp.
+  __device__ char* warp_row_address(RowTensor const& t, int i) const {
+    return i < Traits::kRowsAWarp ? this->row_address(t, warp_row + i) : nullptr;
+  }
+
+  __device__ void run_tile() {
+    contract::KeyRange const keys = this->keys();
+    int const begin = static_cast<int>(keys.begin), end = static_cast<int>(keys.end);
+    if (launch.partials && begin >= end) return;  // the fold leaves out what a row does not see
+
+    // The keys that any of this warp's rows sees, and those that all see.
+    int first_begin = 0, last_begin = 0, first_end = 0, last_end = 0;
+    int const last_row = this->rows_here() - 1;
+    if (warp_row <= last_row) {
+      RowView const& first = place.rows[warp_row];
+      RowView const& last = place.rows[min(warp_row + Traits::kRowsAWarp - 1, last_row)];
+      first_begin = first.begin, first_end = first.end;
+      last_begin = last.begin, last_end = last.end;
+    }
+    RowView const* const rows = place.rows + warp_row;
+    uint64_t dropout_key = 0;
+    if (Traits::kFeatures && launch.scale.drops) dropout_key = philox_key(call.score.seed);
+    float const exponent_scale = launch.scale.exponent_scale;
+
+    Rows state;
+    state.open_segment();
+    if (begin < end) {
+      int segment = static_cast<int>(launch.plan.segmentation.of(begin));
+      int segment_end = this->segment_begin(segment + 1);
+      bool first_segment = true;
+      fill_scattered_rows<kD, Traits::kRowsAWarp, Traits::kAnyAddress>(
+          q, warp_row, warp_row_address(call.q, lane), nullptr, static_cast<int>(call.layout.d),
+          launch.aligned, lane);
+      place.keys.load(k, begin, warp, lane);
+      if (kStages == 2) place.values.load(v, begin, warp, lane);
+      commit_copies();
+      int stage_bytes = 0;  // before this block's stage
+#pragma unroll 1
+      for (int block = begin; block < end; block += kBlockKeys) {  // ascending
+        int const next = block + kBlockKeys;
+        bool const seen = block < last_end && next > first_begin;
+        typename Rows::Scores s_or_p;
+        wait_copies<0>();
+        __syncthreads();  // the keys are there, and nobody reads the block before them any more
+        uint32_t const k_now = k + stage_bytes, v_now = v + stage_bytes;
+        if (kStages == 1) {
+          place.values.load(v, block, warp, lane);
+        } else {
+          stage_bytes = kStageBytes - stage_bytes;
+          if (next < end) {
+            place.keys.load(k + stage_bytes, next, warp, lane);
+            place.values.load(v + stage_bytes, next, warp, lane);
+          }
+        }
+        commit_copies();
+        if (seen) multiply_rows<Element, kD>(s_or_p, q, warp_row, k_now, 0, lane);
+        if (kStages == 1) {
+          wait_copies<0>();
+          __syncthreads();  // the values are there, and nobody reads the keys any more
+          if (next < end) place.keys.load(k, next, warp, lane);
+          commit_copies();
+        }
+        if (seen) {
+          int const first_key = block + lane % 4 * 2;
+          if (Traits::kFeatures || block < last_begin || next > first_end)
+            shape_and_mask<Traits::kFeatures>(s_or_p, rows, first_key, launch.scale, lane);
+          state.softmax(s_or_p, exponent_scale);
+          if (Traits::kFeatures && launch.scale.drops)
+            drop(s_or_p, rows, first_key, launch.scale.keep, dropout_key, place.batch, lane);
+          add_product<Element, kD>(state.o, s_or_p, v_now, 0, lane);
+        }
+        if (next >= segment_end || next >= end) {
+          ClosedRow closed[Traits::kThreadRows];
+#pragma unroll
+          for (int r = 0; r < Traits::kThreadRows; ++r)
+            closed[r] = ClosedRow::of(state.m[r], state.l[r], exponent_scale);
+          if (launch.partials) {
+            emit(state, closed, segment);
+          } else {
+            state.fold_segment(closed, fold_memory(), shared.m_fold + warp_row,
+                               shared.l_fold + warp_row, first_segment, next >= end, lane);
+          }
+          if (next < end) state.open_segment();
+          first_segment = false;
+          segment += 1;
+          segment_end = this->segment_begin(segment + 1);
+        }
+      }
+    }
+    if (!launch.partials) finish(state);
+  }
+
+  // Of this thread, for the fold between two segments.
+  __device__ FoldMemory fold_memory() const {
+    int const num_shared = launch.plan.fold_shared, all = fold_vectors(kD);
+    char* const behind =
+        reinterpret_cast<char*>(&shared) - Traits::kTileBytes + Traits::kSharedBytes;
+    int64_t const block = static_cast<int64_t>(blockIdx.x) * (all - num_shared) - num_shared;
+    return {reinterpret_cast<float4*>(behind) + threadIdx.x,
+            launch.folds + block * Traits::kThreads + threadIdx.x, num_shared};
+  }
+
+  // Hands a closed segment's rows on.
+  __device__ void emit(Rows const& state, ClosedRow const (&closed)[Traits::kThreadRows],
+                       int segment) const {
+    Sequence const s = this->sequence();
+    int const d = static_cast<int>(call.layout.d);
+    PartialBuffers const& partials = call.partials;
+#pragma unroll
+    for (int r = 0; r < Traits::kThreadRows; ++r) {
+      int const row = warp_row + row_of(r, lane);
+      if (row >= this->rows_here()) continue;
+      int64_t const index = segment * partials.rows + this->lse_index(s, place.rows[row]);
+#pragma unroll
+      for (int n = 0; n < Rows::kColumnGroups; ++n) {
+        this->emit_pair(partials.out + index * d, n * 8 + lane % 4 * 2, d,
+                        state.o[r / 2][n][r % 2 * 2] * closed[r].weight,
+                        state.o[r / 2][n][r % 2 * 2 + 1] * closed[r].weight);
+      }
+      if (lane % 4 == 0) {
+        partials.max_log2[index] = closed[r].reference;
+        partials.sum[index] = closed[r].sum;
+      }
+    }
+  }
+
+  // out = O * (1 / l); a row that saw nothing is zero.
+  __device__ void finish(Rows const& state) const {
+    Sequence const s = this->sequence();
+    __syncwarp();  // the warp has read its queries: their room is the results' now
+    store_product<Element, kD, Rows::kRowTiles>(
+        q, warp_row, state.o, [&](int r) { return contract::inverse_of_sum(state.l[r]); }, lane);
+    if (lane % 4 == 0) {
+#pragma unroll
+      for (int r = 0; r < Traits::kThreadRows; ++r) {
+        int const row = warp_row + row_of(r, lane);
+        shared.m_fold[row] = state.m[r], shared.l_fold[row] = state.l[r];
+      }
+    }
+    __syncwarp();  // the rows are complete
+    store_rows<Element, kD, Traits::kRowsAWarp, Traits::kAnyAddress>(
+        q, warp_row_address(call.out, lane), warp_row, static_cast<int>(call.layout.d),
+        launch.aligned, lane);
+    int const row = warp_row + lane;  // a row a lane: the logarithm takes long
+    if (lane < Traits::kRowsAWarp && row < this->rows_here()) {
+      call.lse[this->lse_index(s, place.rows[row])] =
+          contract::log_sum_exp(shared.m_fold[row], shared.l_fold[row]);
+    }
+  }
+};
+
+}  // namespace fa::sm80

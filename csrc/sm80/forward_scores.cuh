@@ -1,0 +1,146 @@
+// What happens to scores: shape and mask, the softmax of a block, dropout; and to a row at the end
+// of a segment.
+//
+// A thread holds elements of 2 kRowTiles rows: g and g + 8 (g = lane / 4) of each sixteen; the four
+// lanes of a quad share them. cuda/product.cuh says which elements.
+#pragma once
+
+#include "csrc/cuda/product.cuh"
+#include "csrc/cuda/score.cuh"
+
+namespace fa::sm80 {
+
+using namespace fa::cuda;
+
+// The row of the tile that thread row r is.
+__device__ __forceinline__ int row_of(int r, int lane) { return r / 2 * 16 + r % 2 * 8 + lane / 4; }
+
+// Softcap, ALiBi, mask. rows: of the warp, in shared memory; first_key: of this thread.
+template <bool kFeatures, int kRowTiles, int kKeyGroups>
+__device__ __forceinline__ void shape_and_mask(Product<kRowTiles, kKeyGroups>& s,
+                                               RowView const* rows, int first_key,
+                                               ScoreScale const& scale, int lane) {
+#pragma unroll
+  for (int r = 0; r < 2 * kRowTiles; ++r) {
+    RowView const& row = rows[row_of(r, lane)];
+    int const begin = row.begin, end = row.end;
+#pragma unroll
+    for (int n = 0; n < kKeyGroups; ++n)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float& x = s[r / 2][n][r % 2 * 2 + i];
+        int const key = first_key + n * 8 + i;
+        if constexpr (kFeatures) {
+          float tanh;
+          if (scale.shaped) x = shape_score(x, scale, row, key, &tanh);
+        }
+        if (key < begin || key >= end) x = -INFINITY;
+      }
+  }
+}
+
+// The largest of a thread row's scores, the same in all lanes of the quad.
+template <int kRowTiles, int kKeyGroups>
+__device__ __forceinline__ float largest_score(Product<kRowTiles, kKeyGroups> const& s, int r) {
+  auto const x = [&](int n, int i) { return s[r / 2][n][r % 2 * 2 + i]; };
+  float top = fmaxf(x(0, 0), x(0, 1));
+#pragma unroll
+  for (int n = 1; n < kKeyGroups; ++n) top = fmaxf(top, fmaxf(x(n, 0), x(n, 1)));
+  return max_of_quad(top);
+}
+
+// What a block's maximum does to a row: the reference of its exponents, in log2 units, and what the
+// sums before it are multiplied by.
+struct Move {
+  float reference, rescale;
+
+  // m: the running maximum, which moves.
+  __device__ __forceinline__ static Move to(float& m, float top, float exponent_scale) {
+    float const m_new = fmaxf(m, top);
+    float const reference = m_new == -INFINITY ? 0.0f : m_new * exponent_scale;
+    // Of two rounded products: exactly 1 when the maximum stays, or a block in which the row sees
+    // nothing would not leave it as it is.
+    Move const move{reference, exp2_of(m * exponent_scale - reference)};
+    m = m_new;
+    return move;
+  }
+};
+
+// p = exp2((x - m) scale) of the sixteen keys of groups n, n + 1 of a thread row; returns this
+// thread's sum of them. A block's sum is ((0 + 1) + (2 + 3)) of its four sixteens.
+template <int kRowTiles, int kKeyGroups>
+__device__ __forceinline__ float exponentiate(Product<kRowTiles, kKeyGroups>& s, int r, int n,
+                                              float exponent_scale, float reference) {
+  float even = 0.0f, odd = 0.0f;
+#pragma unroll
+  for (int j = n; j < n + 2; ++j) {
+    float& p0 = s[r / 2][j][r % 2 * 2];
+    float& p1 = s[r / 2][j][r % 2 * 2 + 1];
+    p0 = exp2_of(fmaf(p0, exponent_scale, -reference));
+    p1 = exp2_of(fmaf(p1, exponent_scale, -reference));
+    even = j == n ? p0 : even + p0, odd = j == n ? p1 : odd + p1;
+  }
+  return even + odd;
+}
+
+// o *= rescale(r), unless that is 1 in all rows of the warp, when nothing would change.
+template <int kRowTiles, int kGroups, class Rescale>
+__device__ __forceinline__ void rescale_rows(Product<kRowTiles, kGroups>& o, bool moved,
+                                             Rescale const& rescale) {
+  if (!__any_sync(kFullWarp, moved)) return;
+#pragma unroll
+  for (int t = 0; t < kRowTiles; ++t)
+#pragma unroll
+    for (int n = 0; n < kGroups; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) o[t][n][i] *= rescale(2 * t + i / 2);
+}
+
+template <int kRowTiles, int kKeyGroups>
+__device__ __forceinline__ void drop(Product<kRowTiles, kKeyGroups>& p, RowView const* rows,
+                                     int first_key, Keep const& keep, uint64_t dropout_key,
+                                     int batch, int lane) {
+#pragma unroll
+  for (int r = 0; r < 2 * kRowTiles; ++r) {
+    RowView const& row = rows[row_of(r, lane)];
+#pragma unroll
+    for (int n = 0; n < kKeyGroups; ++n) {
+      float2 const factor = dropout_factors(keep, dropout_key, row, batch, first_key + n * 8);
+      float& p0 = p[r / 2][n][r % 2 * 2];
+      float& p1 = p[r / 2][n][r % 2 * 2 + 1];
+      // Not a product: what is dropped is zero even where p is NaN.
+      p0 = factor.x == 0.0f ? 0.0f : p0 * factor.x;
+      p1 = factor.y == 0.0f ? 0.0f : p1 * factor.y;
+    }
+  }
+}
+
+// A row's segment moved to the reference ceil(m), once; its o still has to be multiplied by weight.
+struct ClosedRow {
+  float reference, sum, weight;
+
+  // m: the maximum; l: the sum over this thread's keys.
+  __device__ __forceinline__ static ClosedRow of(float m, float l, float exponent_scale) {
+    float const m_log2 = m * exponent_scale, reference = ceilf(m_log2);
+    float const weight = exp2_of(m == -INFINITY ? 0.0f : m_log2 - reference);
+    return {reference, sum_of_quad(l) * weight, weight};
+  }
+};
+
+// fold' = fold * before + part * weight * now: exact powers of two, one rounding.
+struct FoldedRow {
+  float reference, sum, before, weight, now;
+
+  __device__ __forceinline__ static FoldedRow of(float reference, float sum,
+                                                 ClosedRow const& closed) {
+    float const common = contract::fold_reference(reference, closed.reference);
+    float const before = contract::fold_weight(reference, common);
+    float const now = contract::fold_weight(closed.reference, common);
+    return {common, sum * before + closed.sum * now, before, closed.weight, now};
+  }
+  __device__ __forceinline__ float operator()(float fold, float part) const {
+    return fold * before + part * weight * now;
+  }
+};
+
+}  // namespace fa::sm80
