@@ -111,11 +111,12 @@ ForwardPlan plan_forward(ForwardParams const& params, Processors const& processo
   if (plan.pieces > 1) {
     plan.scratch_floats = partial_floats;
   } else if (plan.num_segments > 1 && !plan.few_rows) {  // few rows fold in registers
-    if (plan.blocks > places) plan.blocks = places;
     plan.fold_shared = fold_vectors_in_shared(bucket, processors.shared_bytes);
     int64_t const vectors = fold_vectors(bucket) - plan.fold_shared;
-    // And the counter of work.
-    plan.scratch_floats = plan.blocks * vectors * kThreadsABlock * 4 + 1;
+    if (vectors > 0) {  // a place in scratch for each thread block that can run
+      if (plan.blocks > places) plan.blocks = places;
+      plan.scratch_floats = plan.blocks * vectors * kThreadsABlock * 4 + 1;  // and the counter
+    }
   }
   return plan;
 }

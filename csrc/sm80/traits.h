@@ -22,7 +22,7 @@ constexpr int tile_rows(int d, bool few_rows) { return few_rows ? kFewRows : d <
 // Thread blocks that a multiprocessor is meant to hold; the registers are cut to fit, and a plan
 // counts on them.
 constexpr int blocks_a_processor(int d, bool few_rows) {
-  if (few_rows) return d <= 64 ? 4 : 3;
+  if (few_rows) return d <= 64 ? 4 : d <= 192 ? 3 : 2;
   return 2;
 }
 
