@@ -20,7 +20,7 @@ from benchmarks.cases import Case
 from benchmarks.gpu.attentions import OURS, Attention
 
 TURNS = 5
-WARMUP_MS, SAMPLE_MS = 5, 50
+WARMUP_MS, SAMPLE_MS = 5, 30
 
 # Two 16-bit results of one problem differ by about 0.002 of their norm; one wrong tile of 64 rows
 # in the longest case is 0.016 of it.
