@@ -56,9 +56,9 @@ def cpu_name() -> str:
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
-def results_folder() -> Path:
-    """results/<cpu-name>, a word without spaces."""
-    return ROOT / "results" / re.sub(r"[^a-z0-9]+", "-", cpu_name().lower()).strip("-")
+def results_folder(machine: str) -> Path:
+    """results/<machine>, a word without spaces."""
+    return ROOT / "results" / re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
 
 
 def source_digest() -> str:
@@ -70,6 +70,26 @@ def source_digest() -> str:
                 digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0")
                 digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def provenance(command: str, **machine: Any) -> dict[str, Any]:
+    """What a record of a measurement starts with."""
+    return {
+        "command": command,
+        "date": datetime.date.today().isoformat(),
+        **machine,
+        "versions": {
+            "flash_attn": flash_attn.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "digest": source_digest(),
+    }
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def make_inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
@@ -267,26 +287,18 @@ def main(arguments: list[str] | None = None) -> int:
         for case in progress:
             progress.set_postfix_str(case.name)
             rows.append(measure(case, budget_s=0.3 if options.quick else options.seconds))
-    record = {
-        "command": "python -m benchmarks.bench_attention",
-        "date": datetime.date.today().isoformat(),
-        "cpu": cpu_name(),
-        "threads": torch.get_num_threads(),
-        "isa": os.environ.get("FLASH_ATTN_CPU_ISA", "best of the machine"),
-        "versions": {
-            "flash_attn": flash_attn.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        "digest": source_digest(),
-        "cases": rows,
-    }
+    record = provenance(
+        "python -m benchmarks.bench_attention",
+        cpu=cpu_name(),
+        threads=torch.get_num_threads(),
+        isa=os.environ.get("FLASH_ATTN_CPU_ISA", "best of the machine"),
+    )
+    record["cases"] = rows
     print(render(record))
     whole = not (options.quick or options.filter)
-    path = options.json or (results_folder() / "bench.json" if whole else None)
+    path = options.json or (results_folder(cpu_name()) / "bench.json" if whole else None)
     if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=1) + "\n")
+        write_record(path, record)
         print(f"\nrecorded in {path}")
     return 0
 

@@ -12,10 +12,7 @@ is written after each part, so that a run cut short keeps what it has.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,8 +20,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-import flash_attn
-from benchmarks.bench_attention import ROOT, source_digest
+from benchmarks import bench_attention
+from benchmarks.bench_attention import write_record
 from benchmarks.gpu.attentions import attentions
 from benchmarks.gpu.cases import MEMORY, TIMED
 from benchmarks.gpu.memory import measure_memory
@@ -34,24 +31,14 @@ from benchmarks.gpu.timing import time_case
 
 def results_folder() -> Path:
     """results/<gpu-name>, a word without spaces."""
-    name = torch.cuda.get_device_name().lower()
-    return ROOT / "results" / re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+    return bench_attention.results_folder(torch.cuda.get_device_name())
 
 
 def provenance(command: str) -> dict[str, Any]:
     """What a record of this GPU starts with."""
-    return {
-        "command": command,
-        "date": datetime.date.today().isoformat(),
-        "gpu": torch.cuda.get_device_name(),
-        "versions": {
-            "flash_attn": flash_attn.__version__,
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-            "python": platform.python_version(),
-        },
-        "digest": source_digest(),
-    }
+    record = bench_attention.provenance(command, gpu=torch.cuda.get_device_name())
+    record["versions"]["cuda"] = torch.version.cuda
+    return record
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -83,8 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
                 record["memory"].append(measure_memory(problem, candidates))
                 progress.update()
             if path:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(record, indent=1) + "\n")
+                write_record(path, record)
     print(render(record))
     if path:
         print(f"\nrecorded in {path}")

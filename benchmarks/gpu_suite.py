@@ -23,7 +23,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks.bench_attention import ROOT
+from benchmarks.bench_attention import ROOT, write_record
 from benchmarks.bench_gpu import provenance, results_folder
 from benchmarks.gpu.tables import origin
 
@@ -93,8 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
         record = provenance("python -m benchmarks.gpu_suite")
         record |= {"processes": options.processes} | found
         path = results_folder() / "tests.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=1) + "\n")
+        write_record(path, record)
         print(f"recorded in {path}")
     return status
 

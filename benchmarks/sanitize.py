@@ -12,7 +12,6 @@ an error was found or a tool did not finish.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -24,7 +23,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from benchmarks.bench_attention import ROOT
+from benchmarks.bench_attention import ROOT, write_record
 from benchmarks.bench_gpu import provenance, results_folder
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
@@ -142,8 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
         record = provenance("python -m benchmarks.sanitize")
         record["versions"]["compute-sanitizer"] = re.findall(r"Version (\S+)", version)[-1]
         path = results_folder() / "sanitize.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record | {"tools": rows}, indent=1) + "\n")
+        write_record(path, record | {"tools": rows})
         print(f"recorded in {path}")
     return 0 if all(map(clean, rows)) else 1
 
