@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from device import DEVICE, DTYPES, FINEST, ON_GPU
+from gradient_calls import check_dense_under_dropout
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import (
@@ -230,21 +231,8 @@ def test_s_dmask_is_empty_without_dropout():
 @given(dense_problems(SMALL_BUDGET, softcap=False), PROBABILITIES)
 def test_dense_under_its_mask(problem: Problem, dropout_p: float):
     """out, lse, dq, dk and dv agree with the float64 reference that is given the same mask."""
-    tensors, options = problem.dense(), problem.options()
-    leaves = [x.detach().requires_grad_() for x in tensors]
-    torch.manual_seed(problem.seed)
-    with determinism.deterministic(problem.deterministic):
-        out, lse, s_dmask = flash_attn_func(*leaves, dropout_p, return_attn_probs=True, **options)
-    dropped = options | {"dropout_p": dropout_p, "keep": s_dmask >= 0}
-    assert_forward_accurate((out, lse), attention, tensors, dropped, problem.dtype)
-    dout = problem.upstream_gradient(out)
-    assert_gradients_accurate(
-        torch.autograd.grad(out, leaves, dout),
-        lambda *x, dtype: attention(*x, dtype=dtype, **dropped),
-        problem,
-        tensors,
-        dout,
-    )
+    results, tensors, dropped = check_dense_under_dropout(problem, dropout_p)
+    assert_forward_accurate(results, attention, tensors, dropped, problem.dtype)
 
 
 @with_examples(without_softcap(RICH_PACKS), 0.2)

@@ -5,12 +5,11 @@ import dataclasses
 import pytest
 import torch
 from device import DEVICE, DTYPES
-from gradient_calls import check_dense, check_pack
+from gradient_calls import check_dense, check_dense_under_dropout, check_pack
 from row_calls import assert_same
-from strategies import Problem, assert_gradients_accurate, autograd
+from strategies import Problem, autograd
 
 from flash_attn import determinism, flash_attn_func, flash_attn_varlen_func
-from flash_attn.reference import attention
 from flash_attn.testing import (
     assert_bitwise_equal,
     bitwise_equal,
@@ -72,19 +71,8 @@ def test_accuracy_of_a_pack(options, d, dtype):
 @pytest.mark.parametrize("dropout_p", [0.17, 0.9])
 def test_accuracy_under_dropout(dropout_p, d, dtype):
     """The backward drops what the forward dropped, which S_dmask says."""
-    problem = Problem((130,) * 2, (200,) * 2, 4, 2, d, dtype, causal=True)
-    tensors, options = problem.dense(), problem.options()
-    leaves = [x.requires_grad_() for x in tensors]
-    out, _, s_dmask = flash_attn_func(*leaves, dropout_p, return_attn_probs=True, **options)
-    options |= {"dropout_p": dropout_p, "keep": s_dmask >= 0}
-    dout = problem.upstream_gradient(out)
-    assert_gradients_accurate(
-        torch.autograd.grad(out, leaves, dout),
-        lambda *x, dtype: attention(*x, dtype=dtype, **options),
-        problem,
-        tensors,
-        dout,
-    )
+    problem = Problem((130,) * 2, (200,) * 2, 4, 2, d, dtype, causal=True, deterministic=True)
+    check_dense_under_dropout(problem, dropout_p)
 
 
 @pytest.mark.parametrize("d", [64, 128, 256])
