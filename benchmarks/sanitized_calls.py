@@ -3,7 +3,7 @@
     python -m benchmarks.sanitized_calls
 
 Inputs are made on the host and copied, since a tool that looks at our kernels alone does not see
-what PyTorch's wrote. 600 keys cross a segment's boundary; all lengths are ragged, and everything is
+what PyTorch's wrote. KEYS cross a segment's boundary; all lengths are ragged, and everything is
 as small as that allows: under racecheck a kernel takes a thousand times as long. A call that is
 refused is printed with its reason; a result that is not finite fails.
 """
@@ -31,7 +31,8 @@ DEVICE = "cuda"
 # Every bucket of kernels, two head dims that need padding, and one that lies on no 16 bytes.
 HEAD_DIMS = (64, 96, 128, 192, 256, 40, 33)
 GROUP = 2  # query heads that read one key head
-MANY, FEW, KEYS = 150, 1, 600
+SEGMENT = _native.segment_begin(1, torch.device(DEVICE))  # keys
+MANY, FEW, KEYS = 150, 1, SEGMENT + 88
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -66,10 +67,11 @@ def alibi() -> Tensor:
 
 def splits(d: int, deterministic: bool) -> Tensor:
     """Segments that run side by side and are folded by another kernel."""
-    q, k, v = qkv(2, d, b=2, s_k=1100, h_kv=2)
+    s_k = 2 * SEGMENT + 76
+    q, k, v = qkv(2, d, b=2, s_k=s_k, h_kv=2)
     with determinism.deterministic(deterministic):
         out: Tensor = flash_attn_with_kvcache(
-            q, k, v, cache_seqlens=ints(1100, 777), causal=True, num_splits=3
+            q, k, v, cache_seqlens=ints(s_k, s_k - 323), causal=True, num_splits=3
         )
     return out
 

@@ -6,7 +6,7 @@ in the tensors' own dtype.
 
 import pytest
 import torch
-from device import DEVICE, DTYPES, FINEST
+from device import DEVICE, DTYPES, FINEST, SEGMENT
 from gradient_calls import check_dense, check_pack
 from hypothesis import given
 from strategies import (
@@ -50,9 +50,10 @@ def test_every_head_dim(dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("group", [1, 4])
 def test_several_segments(dtype, group):
-    """1100 queries by 1100 keys, causal: both passes cross two segment boundaries."""
+    """As many queries as keys, causal: the forward pass crosses two segment boundaries."""
+    s = 2 * SEGMENT + 76
     check_dense(
-        Problem((1100,), (1100,), h_q=group, h_kv=1, d=40, dtype=dtype, causal=True), "1100"
+        Problem((s,), (s,), h_q=group, h_kv=1, d=40, dtype=dtype, causal=True), f"{s} x {s}"
     )
 
 

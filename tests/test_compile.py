@@ -28,8 +28,8 @@ backends = pytest.mark.parametrize(
     "backend", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, needs_compiler])]
 )
 
-# 33 blocks of keys, 5 segments of the contract.  A single head in a single sequence leaves threads
-# idle, so the standard mode splits the keys its own way and the two modes differ in bytes.
+# 33 blocks of keys, in several segments. A single head in a single sequence leaves threads idle, so
+# the standard mode splits the keys its own way and the two modes differ in bytes.
 DECODE_KEYS = 2100
 DECODE_HEADS = 8 if ON_GPU else 1  # a GPU has more to leave idle, and 16 bits hide most differences
 

@@ -34,7 +34,7 @@ from flash_attn.testing import (
     random_normal,
 )
 
-# 1100 keys: 17 blocks and a bit in two segments and a bit. 70: one block and a bit.
+# Keys: two segments, a block and a bit; one block and a bit.
 LONG, SHORT = 2 * SEGMENT + BLOCK + 12, BLOCK + 6
 FEATURES = {
     "plain": {},

@@ -173,21 +173,27 @@ def test_files_are_short():
     assert [name for name in LONG_FILES if lengths.get(name, 0) <= MAX_LINES] == []
 
 
-def test_no_float_atomics():
-    """No sum whose order the scheduler chooses. In IN_TURNS each adder waits for the one before."""
-    sources = [
-        path
-        for path in code_files()
-        if path.is_relative_to(ROOT / "csrc") and path.relative_to(ROOT).as_posix() != IN_TURNS
-    ]
+def lines_of_csrc(pattern):
+    """["file: line"] of what matches in the native sources."""
+    sources = [path for path in code_files() if path.is_relative_to(ROOT / "csrc")]
     assert sources
-    found = [
-        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+    return [
+        f"{path.relative_to(ROOT).as_posix()}: {line.strip()}"
         for path in sources
-        for number, line in enumerate(path.read_text().splitlines(), start=1)
-        if FLOAT_ATOMICS.search(line)
+        for line in path.read_text().splitlines()
+        if pattern.search(line)
     ]
-    assert found == []
+
+
+def test_no_float_atomics():
+    """No sum whose order the scheduler chooses.
+
+    In IN_TURNS alone, where each adder waits for the one before, and from its one caller.
+    """
+    found = lines_of_csrc(FLOAT_ATOMICS)
+    assert [line for line in found if not line.startswith(f"{IN_TURNS}: ")] == []
+    callers = lines_of_csrc(re.compile(r"\b(?<!void )add_to_memory\("))
+    assert [line.split(": ")[0] for line in callers] == ["csrc/sm80/backward_tile.cuh"]
 
 
 @pytest.mark.parametrize(

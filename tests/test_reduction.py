@@ -23,7 +23,7 @@ from strategies import (
 from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
 from flash_attn.determinism import deterministic, explain, forward_partials, reduce_partials
 
-# 1100 keys: 17 blocks and a bit in two segments and a bit. 70: one block and a bit.
+# Keys: two segments, a block and a bit; one block and a bit.
 LONG, SHORT = 2 * SEGMENT + BLOCK + 12, BLOCK + 6
 
 

@@ -7,7 +7,7 @@ very inputs that the model handed it.
 
 import pytest
 import torch
-from device import DEVICE
+from device import DEVICE, SEGMENT
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from flash_attn import determinism, flash_attn_func, reference
@@ -21,7 +21,7 @@ from transformers.utils import is_flash_attn_2_available  # noqa: E402
 pytestmark = pytest.mark.gpu
 
 LAYERS, VOCABULARY, PAD = 2, 128, 0
-LENGTHS = (700, 130, 513, 64)  # of the prompts; they cross blocks and segments
+LENGTHS = (SEGMENT + 188, 130, SEGMENT + 1, 64)  # of the prompts; they cross blocks and segments
 NEW_TOKENS = 5
 
 
