@@ -26,21 +26,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Attention:
-    """One implementation: what it is called with, and what is in force meanwhile."""
+    """One implementation, on tensors (b, s, h, d): as projections leave them, and as the flash
+    kernels of all of them like them best."""
 
     name: str
     context: Callable[[], AbstractContextManager[Any]]
-    heads_first: bool  # its own layout is (b, h, s, d); else (b, s, h, d)
     dense: Callable[..., Tensor]  # q, k, v, causal
     decode: Callable[..., Tensor]  # q, k, v, int32 cache_seqlens
     packed: Callable[..., Tensor] | None  # q, k, v, cu_seqlens, the longest length
-
-    def own_layout(self, x: Tensor) -> Tensor:
-        """(b, s, h, d) as this implementation likes it best: nobody pays for a transpose."""
-        return x.transpose(1, 2).contiguous() if self.heads_first else x
-
-    def common_layout(self, x: Tensor) -> Tensor:
-        return x.transpose(1, 2) if self.heads_first else x
 
     def attempt(self, action: Callable[[], T]) -> tuple[T | None, str]:
         """The result in this implementation's context, or None and the reason why there is none.
@@ -63,7 +56,6 @@ def ours(deterministic: bool) -> Attention:
     return Attention(
         "deterministic" if deterministic else "standard",
         lambda: determinism.deterministic(deterministic),
-        False,
         lambda q, k, v, causal: flash_attn_func(q, k, v, causal=causal),
         lambda q, k, v, lengths: flash_attn_with_kvcache(
             q, k, v, cache_seqlens=lengths, causal=True
@@ -76,12 +68,13 @@ def ours(deterministic: bool) -> Attention:
 
 def sdpa_on(name: str, backend: SDPBackend) -> Attention:
     def dense(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-        return sdpa(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+        gqa = q.shape[2] != k.shape[2]
+        heads_first = (x.transpose(1, 2) for x in (q, k, v))  # views: nothing is copied
+        return sdpa(*heads_first, is_causal=causal, enable_gqa=gqa).transpose(1, 2)
 
     return Attention(
         name,
         lambda: sdpa_kernel(backend),
-        True,
         dense,
         lambda q, k, v, lengths: dense(q, k, v, False),
         None,
@@ -106,7 +99,6 @@ def _fa3(fa3: Any) -> Attention:
     return Attention(
         "fa3",
         nullcontext,
-        False,
         lambda q, k, v, causal: first(fa3.flash_attn_func(q, k, v, causal=causal)),
         lambda q, k, v, lengths: first(
             fa3.flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, causal=True)

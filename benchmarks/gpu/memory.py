@@ -26,7 +26,7 @@ def beyond_results(call: Callable[[], tuple[Tensor, ...]]) -> float:
 
 
 def forward(attention: Attention, case: MemoryCase, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The forward pass of a case, on tensors of this implementation's own layout."""
+    """The forward pass of a case."""
     if not case.lengths:
         return attention.dense(q, k, v, case.shape.causal)
     if attention.packed is None:
@@ -37,7 +37,7 @@ def forward(attention: Attention, case: MemoryCase, q: Tensor, k: Tensor, v: Ten
 
 
 def scratch(attention: Attention, case: MemoryCase, tensors: tuple[Tensor, ...]) -> float:
-    q, k, v = (attention.own_layout(x) if x.dim() == 4 else x for x in tensors)
+    q, k, v = tensors
     if not case.backward:
         with torch.no_grad():
             return beyond_results(lambda: (forward(attention, case, q, k, v),))

@@ -69,8 +69,8 @@ def disagreement(actual: Tensor, expected: Tensor) -> str:
 def prepare(
     attention: Attention, case: Case, tensors: tuple[Tensor, ...]
 ) -> tuple[Callable[[], Any], list[Tensor]]:
-    """The call to be timed, and its results as (b, s, h, d)."""
-    q, k, v, dout = (attention.own_layout(x) for x in tensors)
+    """The call to be timed, and its results."""
+    q, k, v, dout = tensors
     if case.kind == "backward":
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
         out = attention.dense(*leaves, case.causal)
@@ -78,14 +78,14 @@ def prepare(
         def backward() -> tuple[Tensor, ...]:
             return torch.autograd.grad(out, leaves, dout, retain_graph=True)
 
-        return backward, [attention.common_layout(x) for x in backward()]
+        return backward, list(backward())
 
     if case.kind == "decode":
         lengths = torch.full((case.b,), case.s_k, dtype=torch.int32, device=q.device)
         forward = partial(attention.decode, q, k, v, lengths)
     else:
         forward = partial(attention.dense, q, k, v, case.causal)
-    results = [attention.common_layout(forward())]
+    results = [forward()]
     return as_graph(forward) if case.kind == "decode" else forward, results
 
 
