@@ -5,10 +5,14 @@
 // sequence, and nothing else: a launch's extent, its neighbours and its hardware cannot be passed
 // in, so they cannot reach a bit.
 //
-// Blocks     N consecutive keys (per family, below); the online softmax moves its maximum once a
-// block. Segments   the keys between two neighbours of a fixed, growing ladder of boundaries; the
-// unit that may run elsewhere. Fold       closed segments are combined in ascending order with
-// exact powers of two: one rounding a fold.
+//   Blocks: N consecutive keys (per family, below); the online softmax moves its reference once a
+//   block.
+//
+//   Segments: the keys between two neighbours of a fixed, growing ladder of boundaries; the unit
+//   that may run elsewhere.
+//
+//   Fold: closed segments are combined in ascending order with exact powers of two: one rounding a
+//   fold.
 //
 // Key positions count from the sequence's own first key (after left padding).
 // Everything is `static inline`: the file is compiled under several instruction sets and must never
@@ -29,6 +33,11 @@ static constexpr int64_t kCpuBlockKeys = 64;
 static constexpr int64_t kSm80BlockKeys = 64;
 // Queries a block of the CPU family's dK and dV, counted from the sequence's first query.
 static constexpr int64_t kCpuBlockQueries = 96;
+// How far above its reference, in log2 units, a score may lie in the sm80 family before the
+// reference moves to it; in the CPU family it moves with the maximum. Sums are then seldom
+// multiplied. Probabilities are up to 8, which rounds them no worse; only a row's largest is
+// exactly 1 no more.
+static constexpr float kSm80Slack = 3.0f;
 
 // A ladder says where segments begin. Short segments give a short context its parallelism, long
 // ones keep a long context's folds few. Each family has its own.

@@ -1,5 +1,4 @@
-// The two matrix products of attention, by one warp: rows of tiles against rows of tiles, and what
-// that gave, still in registers, against a tile.
+// Matrix products by one warp: of tiles, or of what a product gave, still in registers, and a tile.
 //
 // A result c[tile][n] holds rows 16 tile + g and + 8 (g = lane / 4) of columns 8 n + 2 t and + 1 (t
 // = lane % 4): elements 0 and 1 in row g, 2 and 3 in row g + 8.
@@ -91,7 +90,8 @@ __device__ __forceinline__ void store_product(uint32_t tile, int row,
 #pragma unroll
     for (int n = 0; n < kD / 8; ++n) {
       float const(&x)[4] = c[r / 2][n];
-      uint32_t const both = pack2<Element>(x[r % 2 * 2] * f + 0.0f, x[r % 2 * 2 + 1] * f + 0.0f);
+      uint32_t const both =
+          pack2<Element>(fmaf(x[r % 2 * 2], f, 0.0f), fmaf(x[r % 2 * 2 + 1], f, 0.0f));
       store_pair(tile + TileLayout<kD>::offset(to, n) + lane % 4 * 4, both);
     }
   }

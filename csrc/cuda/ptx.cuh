@@ -105,6 +105,20 @@ __device__ __forceinline__ int kept(int x) {
   return x;
 }
 
+// A kernel that was launched as the other's follower may start while that one runs: the first lets
+// it (its memory is there only after the second), which waits until it has ended. Nothing
+// otherwise.
+__device__ __forceinline__ void let_follower_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ __forceinline__ void wait_for_leader() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 constexpr unsigned kFullWarp = 0xffffffffu;
 
 // Over the four lanes that share a row of C: every lane gets the same bits, (x0 + x1) + (x2 + x3).

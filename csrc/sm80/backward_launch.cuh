@@ -9,8 +9,8 @@
 
 namespace fa::sm80 {
 
-// A tile for each kRows of `length` rows, of each of `heads` heads, which all
-// read the same `read_again` rows of two tensors.
+// A tile for each kRows of `length` rows, of each of `heads` heads, which all read the same
+// `read_again` rows of two tensors.
 template <class Traits>
 void launch_tiles(void (*kernel)(BackwardLaunch), int shared_bytes, int64_t heads, int64_t length,
                   int64_t read_again, BackwardLaunch launch, cudaStream_t stream) {
@@ -29,11 +29,11 @@ void launch_tiles(void (*kernel)(BackwardLaunch), int shared_bytes, int64_t head
 }
 
 // Heads that are worked on together when `slots` thread blocks run at once. Tiles of one head that
-// run at the same time read the same queries, but wait for each other's parts of dQ: a step each,
-// and behind a causal mask three at the start, where a tile begins on the diagonal.
-inline int heads_a_walk(bool causal, int64_t slots, int64_t heads) {
-  int64_t const tiles_at_once = causal ? 2 : 8;
-  int64_t const wanted = (slots + tiles_at_once - 1) / tiles_at_once;
+// run at the same time read the same queries, but each lags behind the one before it, whose part of
+// dQ it waits for. A short walk does not make up for many lags.
+inline int heads_a_walk(int64_t slots, int64_t tiles, int64_t heads) {
+  int64_t const at_once = tiles > 8 ? 8 : 4;
+  int64_t const wanted = (slots + at_once - 1) / at_once;
   return static_cast<int>(wanted < heads ? wanted : heads);
 }
 
@@ -45,8 +45,8 @@ void launch_key_walk(BackwardLaunch const& given, cudaStream_t stream) {
   launch.tiles = static_cast<int>((layout.s_k + Traits::kKeys - 1) / Traits::kKeys);
   int64_t const blocks = launch.tiles * heads;
   if (blocks == 0) return;
-  launch.section = heads_a_walk(launch.call.score.window_right >= 0,
-                                launch.processors.count * Traits::kBlocksAProcessor, heads);
+  launch.section =
+      heads_a_walk(launch.processors.count * Traits::kBlocksAProcessor, launch.tiles, heads);
   constexpr int kReserved = 1024;  // of the system, for each block
   bool const fits = Traits::kBlocksAProcessor * (Traits::shared_bytes(2) + kReserved) <=
                     launch.processors.shared_bytes;

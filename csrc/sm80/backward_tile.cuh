@@ -1,9 +1,9 @@
-// dQ, dK and dV in one walk: a tile of keys, and for each query head of its
-// group in ascending order the queries that see it, ascending.
+// dQ, dK and dV in one walk: a tile of keys, and for each query head of its group in ascending
+// order the blocks of queries that see it, descending. Behind a causal mask a tile's first queries
+// see no later tile: whoever started with them would wait for the tiles before it.
 //
-// P and dS go through shared memory, for every product takes them by other
-// rows. dK and dV stay in registers; a block of dQ is summed over tiles of
-// keys, ascending, in memory (sm80/turns.cuh).
+// P and dS go through shared memory, for every product takes them by other rows. dK and dV stay in
+// registers; a block of dQ is summed over tiles of keys, ascending, in memory (sm80/turns.cuh).
 #pragma once
 
 #include "csrc/sm80/backward_scores.cuh"
@@ -36,6 +36,9 @@ struct KeyWalk {
   static constexpr int kQueryTiles = Traits::kQueryTiles, kWarpRows = kKeys / Traits::kWarps;
   static constexpr int kWarpQueries = kQueries / Traits::kWarps;
   static constexpr int64_t kBytes = 2;
+  // Passing a turn on waits for memory, and so does everyone at the next barrier: it comes at the
+  // start of the longest stretch without one, or soon, where another thread block fills the pause.
+  static constexpr bool kPassesEarly = Traits::kBlocksAProcessor > 1;
   using Scores = Product<2, kScoreGroups>;         // (32 queries, kScoreKeys)
   using KeyPart = Product<2, kD / 8 / kKeyParts>;  // (32 keys, kD / kKeyParts)
   using QueryPart = Product<kQueryTiles, kD / 8 / kQueryParts>;
@@ -46,13 +49,12 @@ struct KeyWalk {
   char* const memory;
   KeyWalkPlace& at;
   int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  int s_q, s_k, first_key, begin, end, end_head;
+  int s_q, s_k, first_key, first_block, last_block, end_head;
 
   __device__ KeyWalk(BackwardLaunch const& l, char* m)
       : launch(l), call(l.call), memory(m), at(*reinterpret_cast<KeyWalkPlace*>(m)) {}
 
-  // Tiles: k, v (kKeys, kD), p, ds (kQueries, kKeys); of a stage q, dout
-  // (kQueries, kD).
+  // Tiles: k, v (kKeys, kD), p, ds (kQueries, kKeys); of a stage q, dout (kQueries, kD).
   __device__ uint32_t k() const { return shared_address(memory) + Traits::kPlaceBytes; }
   __device__ uint32_t v() const { return k() + Traits::kKeyBytes; }
   __device__ uint32_t p() const { return v() + Traits::kKeyBytes; }
@@ -73,8 +75,6 @@ struct KeyWalk {
     __syncthreads();                                                     // the ticket is there
     Place const place = place_of(at.ticket, heads, launch.tiles, launch.section);
     int const head_kv = place.head % h_kv, batch = place.head / h_kv;
-    int const tile = place.rank;  // early keys are seen by more queries; nobody
-                                  // waits for later ones
     if (threadIdx.x == 0) {
       Sequence const s = sequence_of(layout, batch);
       at.sequence = s;
@@ -86,28 +86,28 @@ struct KeyWalk {
     }
     __syncthreads();  // the sequence is there
     Diagonals const mask(call.score, at.sequence);
-    s_q = mask.s_q, s_k = mask.s_k, first_key = tile * kKeys;
+    s_q = mask.s_q, s_k = mask.s_k;
+    first_key = place.rank * kKeys;  // tiles ascending: each waits for those that started before it
     if (first_key >= s_k) return;
     int const group = static_cast<int>(layout.h_q) / h_kv;
     int const last_key = min(first_key + kKeys, s_k) - 1;
-    begin = max(first_key - mask.highest, 0) & -kQueries;
-    end = min(last_key - mask.lowest + 1, s_q);
+    int const begin = max(first_key - mask.highest, 0), end = min(last_key - mask.lowest + 1, s_q);
+    first_block = begin & -kQueries, last_block = (end - 1) & -kQueries;
     end_head = (head_kv + 1) * group;
-    WalkStep const first{begin < end ? head_kv * group : end_head, begin};
-    walk(first, mask, tile, head_kv, batch);
+    WalkStep const first{begin < end ? head_kv * group : end_head, last_block};
+    walk(first, mask, head_kv, batch);
   }
 
   __device__ __forceinline__ WalkStep after(WalkStep step) const {
-    if (step.block + kQueries < end) return {step.head, step.block + kQueries};
-    return {step.head + 1, begin};
+    if (step.block > first_block) return {step.head, step.block - kQueries};
+    return {step.head + 1, last_block};
   }
   __device__ __forceinline__ bool over(WalkStep step) const { return step.head >= end_head; }
   // The block of dQ's sums that a step adds to.
   __device__ __forceinline__ int64_t sums(WalkStep step) const {
     return step.head * launch.sums.blocks + at.first_sums + step.block / kQueries;
   }
-  // The keys that queries of a block see lie in tiles first, ..., last. These
-  // add in this order.
+  // The keys that queries of a block see lie in tiles first, ..., last. These add in this order.
   __device__ __forceinline__ int first_tile(WalkStep step, Diagonals const& mask) const {
     return max(step.block + mask.lowest, 0) / kKeys;
   }
@@ -135,7 +135,7 @@ struct KeyWalk {
     commit_copies();
   }
 
-  __device__ void walk(WalkStep step, Diagonals const& mask, int tile, int head_kv, int batch) {
+  __device__ void walk(WalkStep step, Diagonals const& mask, int head_kv, int batch) {
     fill_keys(k(), call.k, head_kv);
     fill_keys(v(), call.v, head_kv);
     commit_copies();
@@ -145,23 +145,19 @@ struct KeyWalk {
     set_zero(dk);
     set_zero(dv);
     int stage = 0;
-    Turns before{};  // of the block that this thread block added to last
+    Turns added{};  // of the block that this thread block added to last
     if (!over(step)) load_queries(step, 0);
 #pragma unroll 1
-    while (!over(step)) {  // heads ascending, in each queries ascending
+    while (!over(step)) {  // heads ascending, in each blocks of queries descending
       WalkStep const next = after(step);
       wait_copies<0>();
-      __syncthreads();  // the queries are there for all, and nobody reads those
-                        // before any more
+      __syncthreads();  // the queries are there for all, and nobody reads those before any more
       Turns const turns{launch.sums.turns + sums(step)};
-      bool const first = tile == first_tile(step, mask), last = tile == last_tile(step, mask);
-      int const turn = tile - first_tile(step, mask);
-      int seen = 0;
+      int const tile = first_key / kKeys, turn = tile - first_tile(step, mask);
+      bool const last = tile == last_tile(step, mask);
       auto const in_between = [&] {
-        if (threadIdx.x == 0) {  // before the copies, for which passing on would wait
-          if (before.count) before.pass_on();
-          seen = turns.look();
-        }
+        // Before the copies, for which passing on would wait.
+        if (kPassesEarly && threadIdx.x == 0 && added.count) added.pass_on();
         if (launch.stages == 2 && !over(next)) load_queries(next, stage ^ 1);
       };
       scores(step, stage, warp, mask, batch, dropout_key, in_between);
@@ -169,12 +165,26 @@ struct KeyWalk {
       for (int part = 1; part < Traits::kScoreParts; ++part) {
         scores(step, stage, warp + part * Traits::kWarps, mask, batch, dropout_key, [] {});
       }
-      if (threadIdx.x == 0 && (seen < turn || last)) turns.wait_for(turn);
-      before = turns;
-      __syncthreads();  // P and dS are there, and it is this tile's turn
+      if (threadIdx.x == 0 && last) turns.wait_for(turn);
+      __syncthreads();  // P and dS are there; the last tile reads sums, so they have to be
+      if (!kPassesEarly && threadIdx.x == 0 && added.count) added.pass_on();
+      added = turns;
+      int const seen = lane == 0 && !last ? turns.look() : turn;
       multiply_scores(dv, p(), dout(stage));
       multiply_scores(dk, ds(), q(stage));
-      add_to_dq(step, first, last);
+      QueryPart dq;
+      multiply_keys(dq);
+      if (last) {
+        __syncthreads();  // all have read these queries: their room is the sums'
+        load_sums(step, stage, turn == 0);
+        wait_copies<0>();
+        add_sums(dq, stage);
+        store_queries(dq, step);
+      } else {
+        if (seen < turn) turns.wait_for(turn);
+        __syncwarp();  // it is this tile's turn
+        hand_on(dq, step, turn == 0);
+      }
       if (launch.stages == 2) {
         stage ^= 1;
       } else {
@@ -184,9 +194,8 @@ struct KeyWalk {
       step = next;
     }
     wait_copies<0>();
-    __syncthreads();  // all have added to dQ, and read the keys: their room is
-                      // the results' now
-    if (threadIdx.x == 0 && before.count) before.pass_on();
+    __syncthreads();  // all have added to dQ, and read the keys: their room is the results' now
+    if (threadIdx.x == 0 && added.count) added.pass_on();
     put(k(), dk, static_cast<float>(call.score.softmax_scale));
     put(v(), dv, 1.0f);
     __syncthreads();  // the rows are complete
@@ -202,8 +211,8 @@ struct KeyWalk {
                                                        launch.aligned, lane);
   }
 
-  // P (for dV) and dS of one of eight parts, into their tiles. between() runs
-  // between the two products.
+  // P (for dV) and dS of one of eight parts, into their tiles. between() runs between the two
+  // products.
   template <class Between>
   __device__ __forceinline__ void scores(WalkStep step, int stage, int part, Diagonals const& mask,
                                          int batch, uint64_t dropout_key,
@@ -254,8 +263,7 @@ struct KeyWalk {
     }
   }
 
-  // This warp's part of a gradient of keys += x^T b, x (kQueries, kKeys), b
-  // (kQueries, kD).
+  // This warp's part of a gradient of keys += x^T b, x (kQueries, kKeys), b (kQueries, kD).
   __device__ __forceinline__ void multiply_scores(KeyPart& c, uint32_t x, uint32_t b) const {
     int const group = warp % Traits::kKeyGroups, part = warp / Traits::kKeyGroups;
     auto const a_at = cursor_a_transposed<kKeys>(x, lane, group * (32 / kChunk));
@@ -270,50 +278,77 @@ struct KeyWalk {
         });
   }
 
-  // This warp's part of dS K, to what earlier tiles added; the last one has the
-  // gradient.
-  __device__ __forceinline__ void add_to_dq(WalkStep step, bool first, bool last) const {
-    int const group = warp % Traits::kQueryGroups, part = warp / Traits::kQueryGroups;
-    QueryPart dq;
+  // dq = dS K, this warp's part.
+  __device__ __forceinline__ void multiply_keys(QueryPart& dq) const {
     set_zero(dq);
-    auto const a_at = cursor_a<kKeys>(ds(), group * 16 * kQueryTiles, lane);
-    auto const b_at = cursor_b_transposed<kD>(k(), 0, lane, 2 * part);
+    auto const a_at = cursor_a<kKeys>(ds(), first_query(), lane);
+    auto const b_at = cursor_b_transposed<kD>(k(), 0, lane, 2 * query_part());
     accumulate<Element, kKeys>(
         dq, [&](int i, int t, uint32_t (&to)[4]) { load_matrix(to, a_at.at(t * 16, 2 * i)); },
         [&](int i, int n, uint32_t (&to)[4]) {
           load_matrix_transposed(to, b_at.at(i * 16, 2 * kQueryParts * n));
         });
-    constexpr int kGroups = kD / 8 / kQueryParts, kThreads = Traits::kThreads;
-    float4* const mine =
-        launch.sums.sums + sums(step) * (kQueryTiles * kGroups * kThreads) + threadIdx.x;
-    auto const vector = [&](int t, int n) { return mine + (t * kGroups + n) * kThreads; };
-    auto const share = [&](int t, int n) {
-      float const(&x)[4] = dq[t][n];
-      return make_float4(x[0], x[1], x[2], x[3]);
-    };
-    if (!first && !last) {
-#pragma unroll
-      for (int t = 0; t < kQueryTiles; ++t)
-#pragma unroll
-        for (int n = 0; n < kGroups; ++n) add_to_memory(vector(t, n), share(t, n));
-      return;
-    }
+  }
+  // Of this warp's part: its first query, in the block, and which columns it has.
+  __device__ __forceinline__ int first_query() const {
+    return warp % Traits::kQueryGroups * 16 * kQueryTiles;
+  }
+  __device__ __forceinline__ int query_part() const { return warp / Traits::kQueryGroups; }
+
+  // f(vector, its elements of dq) of this thread's vectors of a block of sums.
+  template <class Function>
+  __device__ __forceinline__ static void for_vectors(QueryPart& dq, Function const& f) {
+    constexpr int kGroups = kD / 8 / kQueryParts;
 #pragma unroll
     for (int t = 0; t < kQueryTiles; ++t)
 #pragma unroll
-      for (int n = 0; n < kGroups; ++n) {
-        float4 const before = first ? make_float4(0.0f, 0.0f, 0.0f, 0.0f) : __ldcg(vector(t, n));
-        float4 const sum = add_as_memory(before, share(t, n));
-        if (!last) __stcg(vector(t, n), sum);
-        dq[t][n][0] = sum.x, dq[t][n][1] = sum.y, dq[t][n][2] = sum.z, dq[t][n][3] = sum.w;
-      }
-    if (last) store_queries(step, dq, group * 16 * kQueryTiles, part);
+      for (int n = 0; n < kGroups; ++n) f((t * kGroups + n) * Traits::kThreads, dq[t][n]);
+  }
+  __device__ __forceinline__ float4* sums_of(WalkStep step) const {
+    return launch.sums.sums + sums(step) * (kQueries * kD / 4) + threadIdx.x;
   }
 
-  __device__ __forceinline__ void store_queries(WalkStep step, QueryPart const& dq, int first_row,
-                                                int part) const {
+  // What earlier tiles added, to where the queries and dout of this stage were.
+  __device__ __forceinline__ void load_sums(WalkStep step, int stage, bool none) const {
+    float4 const* const from = sums_of(step);
+    uint32_t const to = q(stage) + threadIdx.x * 16;
+#pragma unroll
+    for (int i = 0; i < kQueries * kD / 4; i += Traits::kThreads) {
+      copy16_async(to + i * 16, from + i, !none);
+    }
+    commit_copies();
+  }
+  // dq += it, as the memory adds: whether a tile is a row's last must not reach a bit, for it
+  // depends on the row's neighbours.
+  __device__ __forceinline__ void add_sums(QueryPart& dq, int stage) const {
+    uint32_t const from = q(stage) + threadIdx.x * 16;
+    for_vectors(dq, [&](int vector, float (&x)[4]) {
+      uint4 const sum = load_chunk(from + vector * 16);
+      x[0] = add_as_memory(__uint_as_float(sum.x), x[0]);
+      x[1] = add_as_memory(__uint_as_float(sum.y), x[1]);
+      x[2] = add_as_memory(__uint_as_float(sum.z), x[2]);
+      x[3] = add_as_memory(__uint_as_float(sum.w), x[3]);
+    });
+  }
+  // Adds dq to it; the first stores it.
+  __device__ __forceinline__ void hand_on(QueryPart& dq, WalkStep step, bool first) const {
+    float4* const to = sums_of(step);
+    if (first) {
+      for_vectors(dq, [&](int vector, float (&x)[4]) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[i] = add_as_memory(0.0f, x[i]);
+        __stcg(to + vector, make_float4(x[0], x[1], x[2], x[3]));
+      });
+    } else {
+      for_vectors(dq, [&](int vector, float (&x)[4]) {
+        add_to_memory(to + vector, make_float4(x[0], x[1], x[2], x[3]));
+      });
+    }
+  }
+
+  __device__ __forceinline__ void store_queries(QueryPart const& dq, WalkStep step) const {
     float const scale = static_cast<float>(call.score.softmax_scale);
-    int const d = static_cast<int>(call.layout.d);
+    int const d = static_cast<int>(call.layout.d), first_row = first_query(), part = query_part();
 #pragma unroll
     for (int r = 0; r < 2 * kQueryTiles; ++r) {
       int const query = step.block + first_row + r / 2 * 16 + r % 2 * 8 + lane / 4;
@@ -326,7 +361,7 @@ struct KeyWalk {
         float const(&x)[4] = dq[r / 2][n];
         // Adding +0 gives all zeros one sign.
         uint32_t const both = with_common_nan<Element>(
-            pack2<Element>(x[r % 2 * 2] * scale + 0.0f, x[r % 2 * 2 + 1] * scale + 0.0f));
+            pack2<Element>(fmaf(x[r % 2 * 2], scale, 0.0f), fmaf(x[r % 2 * 2 + 1], scale, 0.0f)));
         if (!Traits::kAnyAddress || launch.aligned) {
           if (column < d) *reinterpret_cast<uint32_t*>(row + column) = both;
         } else {
@@ -337,8 +372,7 @@ struct KeyWalk {
     }
   }
 
-  // This warp's part of a gradient of keys, times factor, into a tile (kKeys,
-  // kD).
+  // This warp's part of a gradient of keys, times factor, into a tile (kKeys, kD).
   __device__ __forceinline__ void put(uint32_t tile, KeyPart const& c, float factor) const {
     int const group = warp % Traits::kKeyGroups, part = warp / Traits::kKeyGroups;
 #pragma unroll
@@ -348,8 +382,9 @@ struct KeyWalk {
       for (int n = 0; n < kD / 8 / kKeyParts; ++n) {
         float const(&x)[4] = c[r / 2][n];
         int const chunk = (n / 2 * kKeyParts + part) * 2 + n % 2;
-        store_pair(tile + TileLayout<kD>::offset(row, chunk) + lane % 4 * 4,
-                   pack2<Element>(x[r % 2 * 2] * factor + 0.0f, x[r % 2 * 2 + 1] * factor + 0.0f));
+        store_pair(
+            tile + TileLayout<kD>::offset(row, chunk) + lane % 4 * 4,
+            pack2<Element>(fmaf(x[r % 2 * 2], factor, 0.0f), fmaf(x[r % 2 * 2 + 1], factor, 0.0f)));
       }
     }
   }

@@ -1,7 +1,8 @@
 // The shapes of the sm80 family's backward kernels.
 //   key walk     up to d = 128: all gradients in one walk over the queries of a tile of keys;
 //   query tiles  beyond: dQ of a row sums over keys in ascending order;
-//   key tiles    and dK, dV of a key over query heads, in each over queries, ascending.
+//   key tiles    and dK, dV of a key over query heads, in each over queries, ascending (the key
+//                walk: over blocks of queries, descending).
 // The two walks of wide heads compute scores twice, two products of seven.
 #pragma once
 

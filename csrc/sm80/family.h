@@ -51,6 +51,7 @@ struct ForwardLaunch {
   int group;                 // query heads of a key head
   bool aligned;              // every row lies on sixteen bytes
   bool partials;             // hand closed segments on instead of folding them
+  bool follows = false;      // the fold may be launched while the pieces run
   float4* folds = nullptr;   // [blocks, fold_vectors - plan.fold_shared, threads]
   int* next_work = nullptr;  // taken so far, beyond the first of each block; null: one each
 };

@@ -16,6 +16,7 @@ __global__ __launch_bounds__(32 * kWarps) void fold_kernel(
     __grid_constant__ ForwardLaunch const launch) {
   ForwardParams const& call = launch.call;
   PartialBuffers const& partials = call.partials;
+  cuda::wait_for_leader();
   int const lane = threadIdx.x % 32, d = static_cast<int>(call.layout.d);
   int64_t index = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   int const groups = (d + 31) / 32, column = static_cast<int>(index % groups) * 32 + lane;
@@ -73,8 +74,17 @@ void launch_fold(ForwardLaunch const& launch, cudaStream_t stream) {
   int64_t const warps = layout.b * layout.s_q * layout.h_q * ((layout.d + 31) / 32);
   bool const half = launch.call.dtype == DType::kFloat16;
   auto const kernel = half ? fold_kernel<__half> : fold_kernel<__nv_bfloat16>;
-  kernel<<<static_cast<unsigned>((warps + kWarps - 1) / kWarps), 32 * kWarps, 0, stream>>>(launch);
-  cuda::check(cudaGetLastError());
+  // Its thread blocks wait on their places when the pieces end.
+  cudaLaunchAttribute follows{};
+  follows.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  follows.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = static_cast<unsigned>((warps + kWarps - 1) / kWarps);
+  config.blockDim = 32 * kWarps;
+  config.stream = stream;
+  config.attrs = &follows;
+  config.numAttrs = launch.follows ? 1 : 0;
+  cuda::check(cudaLaunchKernelEx(&config, kernel, launch));
 }
 
 }  // namespace fa::sm80

@@ -63,6 +63,14 @@ __global__ __launch_bounds__(kRestThreads) void rest_kernel(
   write_the_rest(launch, block % h_kv, block / h_kv, kRestParts);
 }
 
+// Whether a kernel can be launched as the follower of another: compute capability 9 and later.
+bool has_followers() {
+  int device = 0, major = 0;
+  cuda::check(cudaGetDevice(&device));
+  cuda::check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  return major >= 9;
+}
+
 void launch_rest(ForwardLaunch const& launch, cudaStream_t stream) {
   auto const blocks = static_cast<unsigned>(launch.call.layout.h_kv * kRestParts);
   rest_kernel<<<blocks, kRestThreads, 0, stream>>>(launch);
@@ -142,6 +150,7 @@ void forward(ForwardParams const& call, ForwardPlan const& plan, float* scratch,
     partials.out = scratch;
     partials.max_log2 = scratch + plan.num_segments * partials.rows * call.layout.d;
     partials.sum = partials.max_log2 + plan.num_segments * partials.rows;
+    launch.follows = has_followers();
   } else if (plan.scratch_floats > 0) {
     launch.folds = reinterpret_cast<float4*>(scratch);
     if (plan.blocks < plan.work) {

@@ -174,8 +174,7 @@ struct FewRowsTile : ForwardTile<Traits> {
         auto const sum = [&](int i) { return shared.sum[b * 4 + i][row_of(r, lane)][lane % 4]; };
         l[r] = fmaf(l[r], moves[b][r].rescale, (sum(0) + sum(1)) + (sum(2) + sum(3)));
       }
-      bool const moved = moves[b][0].rescale != 1.0f || moves[b][1].rescale != 1.0f;
-      rescale_rows(o, moved, [&](int r) { return moves[b][r].rescale; });
+      rescale_rows(o, [&](int r) { return moves[b][r].rescale; });
       accumulate<Element, kBlockKeys>(
           o, [&](int i, int, uint32_t (&to)[4]) { load_matrix(to, p_at.at(0, b * 8 + 2 * i)); },
           [&](int i, int n, uint32_t (&to)[4]) {
@@ -228,8 +227,8 @@ struct FewRowsTile : ForwardTile<Traits> {
 #pragma unroll
       for (int n = 0; n < kGroups; ++n) {  // the queries' room; adding +0: zeros have one sign
         store_pair(q + TileLayout<kD>::offset(row, column_of(n) / kChunk) + lane % 4 * 4,
-                   pack2<Element>(fold[0][n][2 * r] * inverse + 0.0f,
-                                  fold[0][n][2 * r + 1] * inverse + 0.0f));
+                   pack2<Element>(fmaf(fold[0][n][2 * r], inverse, 0.0f),
+                                  fmaf(fold[0][n][2 * r + 1], inverse, 0.0f)));
       }
       if (warp == 0 && lane % 4 == 0) shared.m[row] = m_fold[r], shared.l[row] = l_fold[r];
     }

@@ -15,6 +15,7 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksAProcessor) void f
     __grid_constant__ ForwardLaunch const launch) {
   using Tile = std::conditional_t<Traits::kFewRows, FewRowsTile<Traits>, ManyRowsTile<Traits>>;
   extern __shared__ __align__(128) char memory[];
+  if (launch.follows) let_follower_start();
   Tile(launch, memory).run();
 }
 

@@ -94,6 +94,7 @@ struct ManyRowsTile : ForwardTile<Traits> {
       if (kStages == 2) place.values.load(v, begin, warp, lane);
       commit_copies();
       int stage_bytes = 0;  // before this block's stage
+      uint32_t queries[kD / 16][Rows::kRowTiles][4];
 #pragma unroll 1
       for (int block = begin; block < end; block += kBlockKeys) {  // ascending
         int const next = block + kBlockKeys;
@@ -112,7 +113,22 @@ struct ManyRowsTile : ForwardTile<Traits> {
           }
         }
         commit_copies();
-        if (seen) multiply_rows<Element, kD>(s_or_p, q, warp_row, k_now, 0, lane);
+        if (kD == 64 && block == begin) load_queries(queries);
+        if (seen) {
+          if constexpr (kD == 64) {
+            set_zero(s_or_p);
+            auto const k_at = cursor_b<kD>(k_now, 0, lane);
+            accumulate<Element, kD>(
+                s_or_p,
+                [&](int i, int t, uint32_t (&to)[4]) {
+#pragma unroll
+                  for (int j = 0; j < 4; ++j) to[j] = queries[i][t][j];
+                },
+                [&](int i, int n, uint32_t (&to)[4]) { load_matrix(to, k_at.at(n * 16, 2 * i)); });
+          } else {
+            multiply_rows<Element, kD>(s_or_p, q, warp_row, k_now, 0, lane);
+          }
+        }
         if (kStages == 1) {
           wait_copies<0>();
           __syncthreads();  // the values are there, and nobody reads the keys any more
@@ -147,6 +163,14 @@ struct ManyRowsTile : ForwardTile<Traits> {
       }
     }
     if (!launch.partials) finish(state);
+  }
+
+  __device__ __forceinline__ void load_queries(uint32_t (&to)[kD / 16][Rows::kRowTiles][4]) const {
+    auto const at = cursor_a<kD>(q, warp_row, lane);
+#pragma unroll
+    for (int k = 0; k < kD / 16; ++k)
+#pragma unroll
+      for (int t = 0; t < Rows::kRowTiles; ++t) load_matrix(to[k][t], at.at(t * 16, 2 * k));
   }
 
   // Of this thread, for the fold between two segments.

@@ -22,7 +22,7 @@ struct ForwardRows {
   using Scores = Product<kRowTiles, kKeyGroups>;
 
   Product<kRowTiles, kColumnGroups> o;  // this segment's sum of p v
-  float m[kThreadRows];                 // this segment's running maximum of x
+  float m[kThreadRows];                 // this segment's reference is its multiple (Move)
   float l[kThreadRows];                 // its sum of p, over this thread's keys
 
   __device__ __forceinline__ void open_segment() {
@@ -31,23 +31,21 @@ struct ForwardRows {
     for (int r = 0; r < kThreadRows; ++r) m[r] = -INFINITY, l[r] = 0.0f;
   }
 
-  // m' = max(m, x); a = exp2((m - m') scale); s = p = exp2((x - m') scale); l = l a + sum(p);
-  // o = o a.
+  // m' = m, or max(x) where that lies well above; a = exp2((m - m') scale); s = p = exp2((x - m')
+  // scale); l = l a + sum(p); o = o a.
   __device__ __forceinline__ void softmax(Scores& s, float exponent_scale) {
     float rescale[kThreadRows];
-    bool moved = false;
 #pragma unroll
     for (int r = 0; r < kThreadRows; ++r) {
       Move const move = Move::to(m[r], largest_score(s, r), exponent_scale);
       rescale[r] = move.rescale;
-      moved = moved || move.rescale != 1.0f;
       float sum[kKeyGroups / 2];
 #pragma unroll
       for (int n = 0; n < kKeyGroups / 2; ++n)
         sum[n] = exponentiate(s, r, 2 * n, exponent_scale, move.reference);
       l[r] = fmaf(l[r], move.rescale, (sum[0] + sum[1]) + (sum[2] + sum[3]));
     }
-    rescale_rows(o, moved, [&](int r) { return rescale[r]; });
+    rescale_rows(o, [&](int r) { return rescale[r]; });
   }
 
   // Between segments the fold's rows lie in `fold`, where each thread finds the elements that it

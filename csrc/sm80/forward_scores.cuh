@@ -49,20 +49,18 @@ __device__ __forceinline__ float largest_score(Product<kRowTiles, kKeyGroups> co
   return max_of_quad(top);
 }
 
-// What a block's maximum does to a row: the reference of its exponents, in log2 units, and what the
-// sums before it are multiplied by.
+// What a block does to a row: the reference of its exponents, in log2 units, and what the sums
+// before it are multiplied by.
 struct Move {
   float reference, rescale;
 
-  // m: the running maximum, which moves.
+  // m, whose multiple the reference is, moves to a maximum that lies well above it.
   __device__ __forceinline__ static Move to(float& m, float top, float exponent_scale) {
-    float const m_new = fmaxf(m, top);
-    float const reference = m_new == -INFINITY ? 0.0f : m_new * exponent_scale;
-    // Of two rounded products: exactly 1 when the maximum stays, or a block in which the row sees
-    // nothing would not leave it as it is.
-    Move const move{reference, exp2_of(m * exponent_scale - reference)};
-    m = m_new;
-    return move;
+    bool const moves = (top - m) * exponent_scale > contract::kSm80Slack;  // not when both are -inf
+    float const before = m * exponent_scale;
+    if (moves) m = top;
+    float const reference = m == -INFINITY ? 0.0f : m * exponent_scale;
+    return {reference, moves ? exp2_of(before - reference) : 1.0f};
   }
 };
 
@@ -83,17 +81,19 @@ __device__ __forceinline__ float exponentiate(Product<kRowTiles, kKeyGroups>& s,
   return even + odd;
 }
 
-// o *= rescale(r), unless that is 1 in all rows of the warp, when nothing would change.
+// o *= rescale(r), but for sixteen rows of which none moved: nothing would change.
 template <int kRowTiles, int kGroups, class Rescale>
-__device__ __forceinline__ void rescale_rows(Product<kRowTiles, kGroups>& o, bool moved,
+__device__ __forceinline__ void rescale_rows(Product<kRowTiles, kGroups>& o,
                                              Rescale const& rescale) {
-  if (!__any_sync(kFullWarp, moved)) return;
 #pragma unroll
-  for (int t = 0; t < kRowTiles; ++t)
+  for (int t = 0; t < kRowTiles; ++t) {
+    bool const moved = rescale(2 * t) != 1.0f || rescale(2 * t + 1) != 1.0f;
+    if (!__any_sync(kFullWarp, moved)) continue;
 #pragma unroll
     for (int n = 0; n < kGroups; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) o[t][n][i] *= rescale(2 * t + i / 2);
+  }
 }
 
 template <int kRowTiles, int kKeyGroups>
@@ -119,7 +119,7 @@ __device__ __forceinline__ void drop(Product<kRowTiles, kKeyGroups>& p, RowView 
 struct ClosedRow {
   float reference, sum, weight;
 
-  // m: the maximum; l: the sum over this thread's keys.
+  // m: of Move; l: the sum over this thread's keys.
   __device__ __forceinline__ static ClosedRow of(float m, float l, float exponent_scale) {
     float const m_log2 = m * exponent_scale, reference = ceilf(m_log2);
     float const weight = exp2_of(m == -INFINITY ? 0.0f : m_log2 - reference);

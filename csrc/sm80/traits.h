@@ -38,7 +38,7 @@ constexpr int shared_bytes(int d) { return tile_bytes(d) + tile_rows(d, false) *
 
 // The fold of a tile of many rows, in vectors of four floats a thread; kFoldStep of them lie
 // together, in shared memory or in scratch.
-constexpr int kFoldStep = 4;
+constexpr int kFoldStep = 2;
 constexpr int fold_vectors(int d) { return tile_rows(d, false) * d / 4 / kThreadsABlock; }
 // How many of them find room in shared memory when a multiprocessor has `bytes` for its blocks.
 constexpr int fold_vectors_in_shared(int d, int64_t bytes) {
@@ -62,7 +62,7 @@ struct ForwardTraits {
 template <class Element, int kD, bool kFeatures>
 struct ManyRows : ForwardTraits<Element, kD, kFeatures> {
   static constexpr bool kFewRows = false;
-  static constexpr bool kKeepsNumbers = kD <= 64;  // of warp and lane in registers: there are some
+  static constexpr bool kKeepsNumbers = false;
   static constexpr int kRows = tile_rows(kD, false), kRowsAWarp = kRows / kWarpsABlock;
   static constexpr int kRowTiles = kRowsAWarp / 16;
   static constexpr int kThreadRows = 2 * kRowTiles;  // that a thread holds elements of

@@ -17,12 +17,12 @@ struct Turns {
 
   using Counter = ::cuda::atomic_ref<int, ::cuda::thread_scope_device>;
 
-  // How many had added, by one thread. Enough to add to memory after a barrier, which happens where
-  // the count was read; not to read sums.
+  // How many had added. Enough to add to memory, which happens where the count was read; not to
+  // read sums.
   __device__ __forceinline__ int look() const {
     return Counter(*count).load(::cuda::memory_order_relaxed);
   }
-  // By one thread, before a barrier: what the others added before `turn` is there afterwards.
+  // By one thread, before those that it waits for go on: what was added before `turn` is there.
   __device__ __forceinline__ void wait_for(int turn) const {
     while (Counter(*count).load(::cuda::memory_order_acquire) < turn) __nanosleep(20);
   }
@@ -37,10 +37,6 @@ __device__ __forceinline__ float add_as_memory(float x, float y) {
   float sum;
   asm("add.rn.ftz.f32 %0, %1, %2;" : "=f"(sum) : "f"(x), "f"(y));
   return sum;
-}
-__device__ __forceinline__ float4 add_as_memory(float4 x, float4 y) {
-  return make_float4(add_as_memory(x.x, y.x), add_as_memory(x.y, y.y), add_as_memory(x.z, y.z),
-                     add_as_memory(x.w, y.w));
 }
 
 // *to += x, without waiting for it.

@@ -1,0 +1,108 @@
+// delta = sum over columns of dout * out, of each row: what the softmax takes off dP
+// (sm80/backward_scores.cuh).
+//
+// Eight lanes share a row: lane i sums chunks i, i + 8, ... of eight columns, ascending, then the
+// lanes' sums meet in a fixed tree. Memory bounds it, so a thread loads of several heads before it
+// computes.
+#include "csrc/sm80/delta.h"
+
+#include "csrc/cuda/convert.cuh"
+#include "csrc/cuda/errors.cuh"
+#include "csrc/cuda/tile.cuh"
+#include "csrc/sm80/backward_scores.cuh"
+
+namespace fa::sm80 {
+namespace {
+
+constexpr int kLanes = 8, kThreads = 128, kQueries = kThreads / kLanes, kHeadsAtOnce = 4;
+
+// Eight columns, from `column` on, of a row; what lies beyond d is zero.
+__device__ __forceinline__ uint4 load_columns(char const* row, int column, int d, bool aligned) {
+  auto const* const from = reinterpret_cast<uint16_t const*>(row) + column;
+  if (aligned) return *reinterpret_cast<uint4 const*>(from);
+  uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    uint32_t const low = column + 2 * i < d ? from[2 * i] : 0;
+    uint32_t const high = column + 2 * i + 1 < d ? from[2 * i + 1] : 0;
+    words[i] = low | high << 16;
+  }
+  return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+template <class Element>
+__device__ __forceinline__ float add_products(float sum, uint4 const& x, uint4 const& y) {
+  auto const* const left = reinterpret_cast<Element const*>(&x);
+  auto const* const right = reinterpret_cast<Element const*>(&y);
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) sum = fmaf(to_float(left[i]), to_float(right[i]), sum);
+  return sum;
+}
+
+// A thread block has kQueries queries of one sequence, and all their heads.
+template <class Element>
+__global__ __launch_bounds__(kThreads) void delta_kernel(
+    __grid_constant__ BackwardLaunch const launch) {
+  BackwardParams const& call = launch.call;
+  LayoutParams const& layout = call.layout;
+  int64_t const block = int64_t{blockIdx.y} * gridDim.x + blockIdx.x;
+  int64_t const blocks_a_sequence = (layout.s_q + kQueries - 1) / kQueries;
+  int64_t const batch = block / blocks_a_sequence;
+  if (batch >= layout.b) return;
+  Sequence const s = sequence_of(layout, batch);
+  int const lane = threadIdx.x % kLanes, d = static_cast<int>(layout.d);
+  int64_t const query = block % blocks_a_sequence * kQueries + threadIdx.x / kLanes;
+  unsigned const row_lanes = 0xffu << (threadIdx.x % 32 / kLanes * kLanes);
+  if (query >= s.s_q) return;
+  contract::KeyRange const seen =
+      contract::visible_keys(query, s.s_q, s.s_k, call.score.window_left, call.score.window_right);
+  bool const sees_nothing = seen.begin >= seen.end;
+  char const* const out = query_row(call.out, s, query, 0, 2);
+  char const* const dout = query_row(call.dout, s, query, 0, 2);
+  float* const delta = call.delta + delta_base(call, s, batch) + query;
+  int const num_heads = static_cast<int>(layout.h_q);
+  for (int first = 0; first < num_heads; first += kHeadsAtOnce) {
+    float sum[kHeadsAtOnce] = {};
+    for (int column = lane * kChunk; column < d; column += kLanes * kChunk) {
+      uint4 x[kHeadsAtOnce], y[kHeadsAtOnce];
+#pragma unroll
+      for (int i = 0; i < kHeadsAtOnce; ++i) {
+        int64_t const head = min(first + i, num_heads - 1);
+        x[i] = load_columns(out + head * call.out.head_stride * 2, column, d, launch.aligned);
+        y[i] = load_columns(dout + head * call.dout.head_stride * 2, column, d, launch.aligned);
+      }
+#pragma unroll
+      for (int i = 0; i < kHeadsAtOnce; ++i) sum[i] = add_products<Element>(sum[i], x[i], y[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kHeadsAtOnce; ++i) {
+      for (int step = kLanes / 2; step > 0; step /= 2)
+        sum[i] += __shfl_xor_sync(row_lanes, sum[i], step);
+      if (lane == 0 && first + i < num_heads) delta[(first + i) * call.delta_head_stride] = sum[i];
+    }
+  }
+  if (!sees_nothing) return;
+  for (int head = 0; head < num_heads; ++head) {  // no tile of keys comes by
+    auto* const dq = reinterpret_cast<uint16_t*>(query_row(call.dq, s, query, head, 2));
+    for (int i = lane; i < d; i += kLanes) dq[i] = 0;
+  }
+}
+
+}  // namespace
+
+void launch_delta(BackwardLaunch const& launch, cudaStream_t stream) {
+  LayoutParams const& layout = launch.call.layout;
+  int64_t const blocks = (layout.s_q + kQueries - 1) / kQueries * layout.b;
+  if (blocks == 0 || layout.h_q == 0) return;
+  // b * s_q of a ragged pack is more than its tokens, and may be more than a line of blocks.
+  constexpr int64_t kLine = 0x7fffffff;
+  int64_t const lines = (blocks + kLine - 1) / kLine;
+  dim3 const grid(static_cast<unsigned>((blocks + lines - 1) / lines),
+                  static_cast<unsigned>(lines));
+  bool const half = launch.call.dtype == DType::kFloat16;
+  auto const kernel = half ? delta_kernel<__half> : delta_kernel<__nv_bfloat16>;
+  kernel<<<grid, kThreads, 0, stream>>>(launch);
+  cuda::check(cudaGetLastError());
+}
+
+}  // namespace fa::sm80
