@@ -14,10 +14,13 @@ __device__ __forceinline__ uint32_t shared_address(void const* p) {
 
 // Sixteen bytes from global to shared memory, past the first-level cache; zeros when !present, and
 // then `from` is not read.
-__device__ __forceinline__ void copy16_async(uint32_t to, void const* from, bool present) {
+__device__ __forceinline__ void copy16_async(uint32_t to, void const* from, bool present,
+                                             bool wanted = true) {
   int const bytes = present ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-               "r"(bytes));
+  asm volatile(
+      "{\n.reg .pred wanted;\nsetp.ne.b32 wanted, %3, 0;\n"
+      "@wanted cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n}" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(static_cast<int>(wanted)));
 }
 // Four bytes, likewise.
 __device__ __forceinline__ void copy4_async(uint32_t to, void const* from, bool present) {

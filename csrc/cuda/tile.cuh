@@ -114,17 +114,56 @@ __device__ __forceinline__ void fill_rows(uint32_t tile, int first, int d, bool 
   }
 }
 
-// Rows that lie `stride` bytes apart, from `from` on; `present` of them exist.
+// Rows [first, first + kRows) of a tile, from rows that lie `stride` bytes apart, `from` the first;
+// `present` of them exist. A step copies few, so that other work hides what addresses take.
+template <int kD, int kRows, bool kAnyAddress>
+struct EvenRows {
+  using W = Walk<kD>;
+  static constexpr int kSteps = kRows / W::kRowsAtOnce;
+
+  uint32_t tile;
+  int first;
+  char const* from;
+  int64_t stride;
+  int present, d;
+  bool aligned;
+  int lane;
+  bool wanted = true;  // else the tile stays as it is
+
+  __device__ __forceinline__ void copy(int step) const {
+    int const local = lane / W::kLanes, first_chunk = lane % W::kLanes;
+    if (!kAnyAddress || aligned) {
+      // first is a multiple of eight, so that only the row inside eight turns chunks.
+      uint32_t const to = tile + TileLayout<kD>::offset(first + local, first_chunk);
+      char const* const mine = from + local * stride + first_chunk * 16;
+      int const row = step * W::kRowsAtOnce;
+      uint32_t const turned = row % 8 * 16;  // 0, or 64: four rows below
+#pragma unroll
+      for (int pass = 0; pass < W::kPasses; ++pass) {
+        copy16_async((to ^ turned) + row * TileLayout<kD>::kRowBytes + pass * W::kLanes * 16,
+                     mine + row * stride + pass * W::kLanes * 16,
+                     row + local < present && (pass * W::kLanes + first_chunk) * kChunk < d,
+                     wanted);
+      }
+    } else if (step == 0 && wanted) {  // all of it
+      char const* const mine = from + local * stride;
+      fill_rows<kD, kRows, true, 1>(
+          tile, first, d, false, lane,
+          [&](int, int i) { return mine + i * (W::kRowsAtOnce * stride); },
+          [&](int r) { return r < present; });
+    }
+  }
+  __device__ __forceinline__ void copy_all() const {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) copy(step);
+  }
+};
+
 template <int kD, int kRows, bool kAnyAddress>
 __device__ __forceinline__ void fill_even_rows(uint32_t tile, int first, char const* from,
                                                int64_t stride, int present, int d, bool aligned,
                                                int lane) {
-  using W = Walk<kD>;
-  char const* const mine = from + lane / W::kLanes * stride;
-  fill_rows<kD, kRows, kAnyAddress, 8>(
-      tile, first, d, aligned, lane,
-      [&](int, int i) { return mine + i * (W::kRowsAtOnce * stride); },
-      [&](int r) { return r < present; });
+  EvenRows<kD, kRows, kAnyAddress>{tile, first, from, stride, present, d, aligned, lane}.copy_all();
 }
 
 // Rows that each have an address of their own: lane i holds that of row i, and in `other` that of

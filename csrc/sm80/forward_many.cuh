@@ -24,6 +24,7 @@ struct ManyRowsTile : ForwardTile<Traits> {
   using Base::call, Base::lane, Base::launch, Base::place, Base::warp;
   using Element = typename Traits::Element;
   using Rows = ForwardRows<Traits>;
+  using Part = typename KeyTiles<Traits>::Part;
   static constexpr int kD = Traits::kD, kRows = Traits::kRows, kStages = Traits::kStages;
   static constexpr int kStageBytes = 2 * Traits::kLoadBytes;
 
@@ -103,16 +104,32 @@ struct ManyRowsTile : ForwardTile<Traits> {
         wait_copies<0>();
         __syncthreads();  // the keys are there, and nobody reads the block before them any more
         uint32_t const k_now = k + stage_bytes, v_now = v + stage_bytes;
-        if (kStages == 1) {
-          place.values.load(v, block, warp, lane);
+        // Copied while this block is worked on: its values, then the next keys; or, with two
+        // stages, both of the next block.
+        auto const coming = [&](KeyTiles<Traits> const& tiles, uint32_t to) {
+          Part part = tiles.part(to, next, warp, lane);
+          part.wanted = next < end;
+          return part;
+        };
+        Part early[kStages];
+        if constexpr (kStages == 1) {
+          early[0] = place.values.part(v, block, warp, lane);
         } else {
           stage_bytes = kStageBytes - stage_bytes;
-          if (next < end) {
-            place.keys.load(k + stage_bytes, next, warp, lane);
-            place.values.load(v + stage_bytes, next, warp, lane);
-          }
+          early[0] = coming(place.keys, k + stage_bytes);
+          early[1] = coming(place.values, v + stage_bytes);
         }
-        commit_copies();
+        auto const copy = [&](int i) {
+#pragma unroll
+          for (Part const& part : early)
+            if (i < Part::kSteps) part.copy(i);
+        };
+        auto const swap_values_for_keys = [&] {
+          commit_copies();
+          if (kStages == 2) return;
+          wait_copies<0>();
+          __syncthreads();  // the values are there, and nobody reads the keys any more
+        };
         if (kD == 64 && block == begin) load_queries(queries);
         if (seen) {
           if constexpr (kD == 64) {
@@ -123,26 +140,34 @@ struct ManyRowsTile : ForwardTile<Traits> {
                 [&](int i, int t, uint32_t (&to)[4]) {
 #pragma unroll
                   for (int j = 0; j < 4; ++j) to[j] = queries[i][t][j];
+                  if (t == Rows::kRowTiles - 1) copy(i);
                 },
                 [&](int i, int n, uint32_t (&to)[4]) { load_matrix(to, k_at.at(n * 16, 2 * i)); });
           } else {
-            multiply_rows<Element, kD>(s_or_p, q, warp_row, k_now, 0, lane);
+            multiply_rows<Element, kD>(s_or_p, q, warp_row, k_now, 0, lane, copy);
           }
-        }
-        if (kStages == 1) {
-          wait_copies<0>();
-          __syncthreads();  // the values are there, and nobody reads the keys any more
-          if (next < end) place.keys.load(k, next, warp, lane);
-          commit_copies();
-        }
-        if (seen) {
+          Part late{};
+          if (kStages == 1) late = coming(place.keys, k);
+          swap_values_for_keys();
           int const first_key = block + lane % 4 * 2;
           if (Traits::kFeatures || block < last_begin || next > first_end)
             shape_and_mask<Traits::kFeatures>(s_or_p, rows, first_key, launch.scale, lane);
-          state.softmax(s_or_p, exponent_scale);
+          if constexpr (kStages == 1) {
+            state.softmax(s_or_p, exponent_scale, [&](int r) {
+#pragma unroll
+              for (int i = r; i < Part::kSteps; i += Traits::kThreadRows) late.copy(i);
+            });
+            commit_copies();
+          } else {
+            state.softmax(s_or_p, exponent_scale, [](int) {});
+          }
           if (Traits::kFeatures && launch.scale.drops)
             drop(s_or_p, rows, first_key, launch.scale.keep, dropout_key, place.batch, lane);
           add_product<Element, kD>(state.o, s_or_p, v_now, 0, lane);
+        } else {
+          for (Part const& part : early) part.copy_all();
+          swap_values_for_keys();
+          if (kStages == 1) coming(place.keys, k).copy_all(), commit_copies();
         }
         if (next >= segment_end || next >= end) {
           ClosedRow closed[Traits::kThreadRows];

@@ -32,13 +32,15 @@ struct ForwardRows {
   }
 
   // m' = m, or max(x) where that lies well above; a = exp2((m - m') scale); s = p = exp2((x - m')
-  // scale); l = l a + sum(p); o = o a.
-  __device__ __forceinline__ void softmax(Scores& s, float exponent_scale) {
+  // scale); l = l a + sum(p); o = o a. between(r) runs in the middle of thread row r.
+  template <class Between>
+  __device__ __forceinline__ void softmax(Scores& s, float exponent_scale, Between const& between) {
     float rescale[kThreadRows];
 #pragma unroll
     for (int r = 0; r < kThreadRows; ++r) {
       Move const move = Move::to(m[r], largest_score(s, r), exponent_scale);
       rescale[r] = move.rescale;
+      between(r);
       float sum[kKeyGroups / 2];
 #pragma unroll
       for (int n = 0; n < kKeyGroups / 2; ++n)
@@ -76,6 +78,15 @@ struct ForwardRows {
       float4* const base = i / kFoldStep * kFoldStep < fold.num_shared ? fold.shared : fold.scratch;
       return base + i * Traits::kThreads;
     };
+    if (first && last) {  // alone; the sign of a zero is settled where results are stored
+#pragma unroll
+      for (int t = 0; t < kRowTiles; ++t)
+#pragma unroll
+        for (int n = 0; n < kColumnGroups; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) o[t][n][i] *= folded[2 * t + i / 2].weight;
+      return;
+    }
     // Loads of many columns first: a store between two of them would make the second wait.
     constexpr int kAtOnce = kColumnGroups % 16 == 0 ? 16 : kColumnGroups % 12 == 0 ? 12 : 8;
 #pragma unroll

@@ -33,6 +33,14 @@ struct KeyTiles {
     aligned = on_sixteen_bytes;
   }
 
+  // Where the table says that row `key` lies; null: there is no such page. Nobody has read the
+  // table on the host.
+  __device__ __forceinline__ char const* row_in_page(int key) const {
+    int const page = pages[key / page_size];
+    if (page < 0 || page >= num_pages) return nullptr;
+    return first + page * page_bytes + key % page_size * row_bytes;
+  }
+
   // This warp's share of rows [block, block + kLoadKeys) of the tile `to`; what lies beyond s_k
   // becomes zeros and is not read.
   __device__ __forceinline__ void load(uint32_t to, int block, int warp, int lane) const {
@@ -42,14 +50,27 @@ struct KeyTiles {
           to, own, first + begin * row_bytes, row_bytes, present, d, aligned, lane);
       return;
     }
-    auto const find = [&](int row) -> char const* {
-      if (row >= kWarpRows || row >= present) return nullptr;
-      int const key = begin + row, page = pages[key / page_size];
-      if (page < 0 || page >= num_pages) return nullptr;  // nobody has read the table on the host
-      return first + page * page_bytes + (key % page_size) * row_bytes;
+    auto const find = [&](int row) {
+      return row < kWarpRows && row < present ? row_in_page(begin + row) : nullptr;
     };
     cuda::fill_scattered_rows<kD, kWarpRows, Traits::kAnyAddress>(
         to, own, find(lane), find(lane + 32), d, aligned, lane);
+  }
+
+  // The same, to be copied step by step. A share of up to sixteen rows lies in one page, whose size
+  // is a multiple of sixteen.
+  using Part = cuda::EvenRows<kD, kWarpRows, Traits::kAnyAddress>;
+  __device__ __forceinline__ Part part(uint32_t to, int block, int warp, int lane) const {
+    static_assert(kWarpRows <= 16);
+    int const own = warp * kWarpRows, key = block + own;
+    Part rows{to, own, first, row_bytes, s_k - key, d, aligned, lane};
+    if (!Traits::kPaged || !pages) {
+      rows.from += key * row_bytes;
+    } else if (rows.present > 0) {
+      rows.from = row_in_page(key);
+      if (!rows.from) rows.present = 0;
+    }
+    return rows;
   }
 };
 
