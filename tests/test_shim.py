@@ -116,6 +116,28 @@ def test_dense_forward_and_backward(case):
         assert results_bwd[3].shape == (B, H_Q, 128) and results_bwd[3].dtype == torch.float32
 
 
+@pytest.mark.parametrize("moved", ["dout", "q", "k", "v", "out", "dq", "dk", "dv"])
+def test_backward_takes_rows_of_any_address(moved):
+    """One tensor at a time, whose rows begin two bytes behind where the others' do."""
+    q, k, v, dout = (x.detach() for x in inputs(pack=False))
+    shape = (SCALE, True, -1, -1, 0.0)
+    out, lse, _, rng_state = shim.fwd(q, k, v, None, None, 0.0, *shape, False, None)
+    tensors = {"dout": dout, "q": q, "k": k, "v": v, "out": out}
+    tensors |= {f"d{name}": torch.empty_like(tensors[name]) for name in "qkv"}
+
+    def gradients(dout, q, k, v, out, dq, dk, dv):
+        args = (None, 0.0, *shape, False, None, rng_state)
+        return [x.clone() for x in shim.bwd(dout, q, k, v, out, lse, dq, dk, dv, *args)]
+
+    expected = gradients(**tensors)
+    x = tensors[moved]
+    wide = x.new_empty(*x.shape[:-1], x.shape[-1] + 8)
+    tensors[moved] = wide[..., 1 : 1 + x.shape[-1]].copy_(x)
+    assert tensors[moved].data_ptr() % 16 == 2
+    for result, wanted in zip(gradients(**tensors), expected, strict=True):
+        assert_bitwise_equal(result, wanted)
+
+
 @features
 def test_varlen_forward_and_backward(case):
     causal, window, softcap, alibi, dropout_p = case

@@ -69,7 +69,8 @@ void backward(BackwardParams const& call, float* scratch, int* tickets, void* st
   int device = 0;
   cuda::check(cudaGetDevice(&device));
   launch.processors = processors_of(device);
-  for (RowTensor const* t : {&call.q, &call.k, &call.v, &call.dout, &call.dq, &call.dk, &call.dv}) {
+  for (RowTensor const* t :
+       {&call.q, &call.k, &call.v, &call.out, &call.dout, &call.dq, &call.dk, &call.dv}) {
     launch.aligned = launch.aligned && on_sixteen_bytes(*t);
   }
   launch_delta(launch, on);
