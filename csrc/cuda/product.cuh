@@ -45,28 +45,25 @@ __device__ __forceinline__ void accumulate(Product<kTiles, kGroups>& c, LoadA co
   }
 }
 
-// c (16 kTiles, 8 kGroups) = a b^T: rows [a_row, ...) of the tile a and [b_row, ...) of b, both
-// (rows, kD). Columns of a and b ascending; between(k) runs in the middle of sixteen columns k.
-template <class Element, int kD, int kTiles, int kGroups, class Between>
-__device__ __forceinline__ void multiply_rows(Product<kTiles, kGroups>& c, uint32_t a, int a_row,
-                                              uint32_t b, int b_row, int lane,
-                                              Between const& between) {
+// c (16 kTiles, 8 kGroups) = a b^T: load_a(k, t, to) as above, b rows [b_row, ...) of a tile (rows,
+// kD). Columns of a and b ascending.
+template <class Element, int kD, int kTiles, int kGroups, class LoadA>
+__device__ __forceinline__ void multiply_by_rows(Product<kTiles, kGroups>& c, LoadA const& load_a,
+                                                 uint32_t b, int b_row, int lane) {
   set_zero<kTiles, kGroups>(c);
-  auto const a_at = cursor_a<kD>(a, a_row, lane);
   auto const b_at = cursor_b<kD>(b, b_row, lane);
   accumulate<Element, kD, kTiles, kGroups>(
-      c,
-      [&](int k, int t, uint32_t (&to)[4]) {
-        load_matrix(to, a_at.at(t * 16, 2 * k));
-        if (t == 0) between(k);
-      },
-      [&](int k, int n, uint32_t (&to)[4]) { load_matrix(to, b_at.at(n * 16, 2 * k)); });
+      c, load_a, [&](int k, int n, uint32_t (&to)[4]) { load_matrix(to, b_at.at(n * 16, 2 * k)); });
 }
 
+// The same of rows [a_row, ...) of a tile a (rows, kD).
 template <class Element, int kD, int kTiles, int kGroups>
 __device__ __forceinline__ void multiply_rows(Product<kTiles, kGroups>& c, uint32_t a, int a_row,
                                               uint32_t b, int b_row, int lane) {
-  multiply_rows<Element, kD, kTiles, kGroups>(c, a, a_row, b, b_row, lane, [](int) {});
+  auto const a_at = cursor_a<kD>(a, a_row, lane);
+  multiply_by_rows<Element, kD, kTiles, kGroups>(
+      c, [&](int k, int t, uint32_t (&to)[4]) { load_matrix(to, a_at.at(t * 16, 2 * k)); }, b,
+      b_row, lane);
 }
 
 // c (16 kTiles, kD) += p b: p (16 kTiles, 8 kGroups) rounded to 16 bits, b rows [b_row, ...) of a

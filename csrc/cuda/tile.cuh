@@ -57,9 +57,9 @@ struct Walk {
   static constexpr int kPasses = kChunks / kLanes, kRowsAtOnce = 32 / kLanes;
 };
 
-// One chunk, by elements: for rows that do not lie on sixteen bytes or whose d ends inside it.
-__device__ __forceinline__ void copy_chunk_by_elements(uint32_t to, uint16_t const* from,
-                                                       int present) {
+// One chunk, by elements, of which `present` are read and the others zero: for rows that do not lie
+// on sixteen bytes or whose d ends inside it.
+__device__ __forceinline__ uint4 chunk_by_elements(uint16_t const* from, int present) {
   uint32_t word[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -67,8 +67,13 @@ __device__ __forceinline__ void copy_chunk_by_elements(uint32_t to, uint16_t con
     uint32_t const high = 2 * i + 1 < present ? from[2 * i + 1] : 0;
     word[i] = low | high << 16;
   }
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(word[0]), "r"(word[1]),
-               "r"(word[2]), "r"(word[3])
+  return make_uint4(word[0], word[1], word[2], word[3]);
+}
+__device__ __forceinline__ void copy_chunk_by_elements(uint32_t to, uint16_t const* from,
+                                                       int present) {
+  uint4 const word = chunk_by_elements(from, present);
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(word.x), "r"(word.y),
+               "r"(word.z), "r"(word.w)
                : "memory");
 }
 

@@ -146,6 +146,9 @@ struct KeyWalk {
     set_zero(dv);
     int stage = 0;
     Turns added{};  // of the block that this thread block added to last
+    auto const pass_on = [&] {
+      if (threadIdx.x == 0 && added.count) added.pass_on();
+    };
     if (!over(step)) load_queries(step, 0);
 #pragma unroll 1
     while (!over(step)) {  // heads ascending, in each blocks of queries descending
@@ -157,7 +160,7 @@ struct KeyWalk {
       bool const last = tile == last_tile(step, mask);
       auto const in_between = [&] {
         // Before the copies, for which passing on would wait.
-        if (kPassesEarly && threadIdx.x == 0 && added.count) added.pass_on();
+        if (kPassesEarly) pass_on();
         if (launch.stages == 2 && !over(next)) load_queries(next, stage ^ 1);
       };
       scores(step, stage, warp, mask, batch, dropout_key, in_between);
@@ -167,7 +170,7 @@ struct KeyWalk {
       }
       if (threadIdx.x == 0 && last) turns.wait_for(turn);
       __syncthreads();  // P and dS are there; the last tile reads sums, so they have to be
-      if (!kPassesEarly && threadIdx.x == 0 && added.count) added.pass_on();
+      if (!kPassesEarly) pass_on();
       added = turns;
       int const seen = lane == 0 && !last ? turns.look() : turn;
       multiply_scores(dv, p(), dout(stage));
@@ -195,7 +198,7 @@ struct KeyWalk {
     }
     wait_copies<0>();
     __syncthreads();  // all have added to dQ, and read the keys: their room is the results' now
-    if (threadIdx.x == 0 && added.count) added.pass_on();
+    pass_on();
     put(k(), dk, static_cast<float>(call.score.softmax_scale));
     put(v(), dv, 1.0f);
     __syncthreads();  // the rows are complete

@@ -19,15 +19,7 @@ constexpr int kLanes = 8, kThreads = 128, kQueries = kThreads / kLanes, kHeadsAt
 // Eight columns, from `column` on, of a row; what lies beyond d is zero.
 __device__ __forceinline__ uint4 load_columns(char const* row, int column, int d, bool aligned) {
   auto const* const from = reinterpret_cast<uint16_t const*>(row) + column;
-  if (aligned) return *reinterpret_cast<uint4 const*>(from);
-  uint32_t words[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    uint32_t const low = column + 2 * i < d ? from[2 * i] : 0;
-    uint32_t const high = column + 2 * i + 1 < d ? from[2 * i + 1] : 0;
-    words[i] = low | high << 16;
-  }
-  return make_uint4(words[0], words[1], words[2], words[3]);
+  return aligned ? *reinterpret_cast<uint4 const*>(from) : chunk_by_elements(from, d - column);
 }
 
 template <class Element>

@@ -119,6 +119,7 @@ struct ManyRowsTile : ForwardTile<Traits> {
           early[0] = coming(place.keys, k + stage_bytes);
           early[1] = coming(place.values, v + stage_bytes);
         }
+        static_assert(Part::kSteps <= kD / 16, "the product has too few steps for the copies");
         auto const copy = [&](int i) {
 #pragma unroll
           for (Part const& part : early)
@@ -132,35 +133,31 @@ struct ManyRowsTile : ForwardTile<Traits> {
         };
         if (kD == 64 && block == begin) load_queries(queries);
         if (seen) {
-          if constexpr (kD == 64) {
-            set_zero(s_or_p);
-            auto const k_at = cursor_b<kD>(k_now, 0, lane);
-            accumulate<Element, kD>(
-                s_or_p,
-                [&](int i, int t, uint32_t (&to)[4]) {
+          auto const q_at = cursor_a<kD>(q, warp_row, lane);
+          multiply_by_rows<Element, kD>(
+              s_or_p,
+              [&](int i, int t, uint32_t (&to)[4]) {
+                if constexpr (kD == 64) {
 #pragma unroll
                   for (int j = 0; j < 4; ++j) to[j] = queries[i][t][j];
-                  if (t == Rows::kRowTiles - 1) copy(i);
-                },
-                [&](int i, int n, uint32_t (&to)[4]) { load_matrix(to, k_at.at(n * 16, 2 * i)); });
-          } else {
-            multiply_rows<Element, kD>(s_or_p, q, warp_row, k_now, 0, lane, copy);
-          }
+                } else {
+                  load_matrix(to, q_at.at(t * 16, 2 * i));
+                }
+                if (t == 0) copy(i);
+              },
+              k_now, 0, lane);
           Part late{};
           if (kStages == 1) late = coming(place.keys, k);
           swap_values_for_keys();
           int const first_key = block + lane % 4 * 2;
           if (Traits::kFeatures || block < last_begin || next > first_end)
             shape_and_mask<Traits::kFeatures>(s_or_p, rows, first_key, launch.scale, lane);
-          if constexpr (kStages == 1) {
-            state.softmax(s_or_p, exponent_scale, [&](int r) {
+          state.softmax(s_or_p, exponent_scale, [&](int r) {
+            if (kStages == 2) return;
 #pragma unroll
-              for (int i = r; i < Part::kSteps; i += Traits::kThreadRows) late.copy(i);
-            });
-            commit_copies();
-          } else {
-            state.softmax(s_or_p, exponent_scale, [](int) {});
-          }
+            for (int i = r; i < Part::kSteps; i += Traits::kThreadRows) late.copy(i);
+          });
+          if (kStages == 1) commit_copies();
           if (Traits::kFeatures && launch.scale.drops)
             drop(s_or_p, rows, first_key, launch.scale.keep, dropout_key, place.batch, lane);
           add_product<Element, kD>(state.o, s_or_p, v_now, 0, lane);

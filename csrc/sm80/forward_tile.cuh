@@ -36,7 +36,8 @@ struct ForwardTile {
   __device__ ForwardTile(ForwardLaunch const& l, TilePlace<Traits>& p)
       : launch(l), call(l.call), place(p) {}
 
-  __device__ static int number(int x) { return Traits::kKeepsNumbers ? kept(x) : x; }
+  // Tiles of few rows have registers to keep them in.
+  __device__ static int number(int x) { return Traits::kFewRows ? kept(x) : x; }
 
   // Late rows see more keys and late segments are longer, so both go first.
   __device__ void find_place(int work) {

@@ -62,7 +62,6 @@ struct ForwardTraits {
 template <class Element, int kD, bool kFeatures>
 struct ManyRows : ForwardTraits<Element, kD, kFeatures> {
   static constexpr bool kFewRows = false;
-  static constexpr bool kKeepsNumbers = false;
   static constexpr int kRows = tile_rows(kD, false), kRowsAWarp = kRows / kWarpsABlock;
   static constexpr int kRowTiles = kRowsAWarp / 16;
   static constexpr int kThreadRows = 2 * kRowTiles;  // that a thread holds elements of
@@ -76,7 +75,7 @@ struct ManyRows : ForwardTraits<Element, kD, kFeatures> {
 
 template <class Element, int kD, bool kFeatures>
 struct FewRows : ForwardTraits<Element, kD, kFeatures> {
-  static constexpr bool kFewRows = true, kKeepsNumbers = true;
+  static constexpr bool kFewRows = true;
   static constexpr int kRows = 16, kRowsAWarp = kRows;  // every warp computes for all
   static constexpr int kLoadKeys = span_keys(kD), kWarpKeys = kLoadKeys / kWarpsABlock;
   static constexpr int kBlocks = kLoadKeys / kBlockKeys;
