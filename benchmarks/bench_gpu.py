@@ -1,6 +1,6 @@
 """Speed and memory on a GPU against PyTorch's attention, and the price of determinism.
 
-    python -m benchmarks.bench_gpu                   everything, two to three minutes
+    python -m benchmarks.bench_gpu                   everything, four to five minutes
     python -m benchmarks.bench_gpu --only decode     one part; records nothing unless told where
     python -m benchmarks.bench_gpu --render FILE     the tables of a recorded run; needs no GPU
 
