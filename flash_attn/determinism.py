@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 ENVIRONMENT_VARIABLE = "FLASH_ATTENTION_DETERMINISTIC"
 
+_FOLD_SLACK = 8.0  # kFoldSlack of csrc/core/contract.h
+
 _process_default: bool | None = None
 _override: ContextVar[bool | None] = ContextVar("flash_attn_deterministic", default=None)
 
@@ -153,9 +155,9 @@ def _rows_like_q(x: Tensor) -> Tensor:
 def reduce_partials(partials: Partials, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Folds partials in ascending order in plain PyTorch, bit for bit as the kernels do.
 
-    References are integers in log2 units, so weights are powers of two, every product is exact, and
-    a fold rounds once: M' = max(M1, M2); O = O1 2^(M1 - M') + O2 2^(M2 - M'), the same for the
-    sums. A partial whose reference lies more than 126 below the other's counts as nothing.
+    References are integers in log2 units, so weights are powers of two, and a fold rounds once:
+    O' = fma(O2, 2^(M2 - M'), O1 2^(M1 - M')), the same for the sums, where M' is M2 if that lies
+    more than 8 above M1, else M1. What lies more than 126 below M' counts as nothing.
 
     Returns:
         out in ``dtype``, shaped as q; softmax_lse fp32, natural log, +inf for a row that sees none.
@@ -166,10 +168,11 @@ def reduce_partials(partials: Partials, dtype: torch.dtype) -> tuple[Tensor, Ten
     total = torch.zeros_like(reference)
     out = parts.new_zeros(parts.shape[1:])
     for part, part_reference, part_sum in zip(parts, partials.max_log2, partials.sum, strict=True):
-        common = torch.where(reference > part_reference, reference, part_reference)
+        moves = part_reference > reference + _FOLD_SLACK
+        common = torch.where(moves, part_reference, reference)
         mine, theirs = _weight(reference - common), _weight(part_reference - common)
-        out = out * mine[..., None] + part * theirs[..., None]
-        total = total * mine + part_sum * theirs
+        out = _multiply_add(part, theirs[..., None], out * mine[..., None])
+        total = _multiply_add(part_sum, theirs, total * mine)
         reference = common
     inverse = 1.0 / torch.where(total == 0, 1.0, total)
     rows = out * inverse[..., None] + 0.0  # + 0 gives every zero the same sign
@@ -178,8 +181,15 @@ def reduce_partials(partials: Partials, dtype: torch.dtype) -> tuple[Tensor, Ten
     return out, _log_sum_exp(reference, total)
 
 
+def _multiply_add(x: Tensor, weight: Tensor, y: Tensor) -> Tensor:
+    """fma(x, weight, y) of fp32 tensors, weight a power of two: the product is exact in float64,
+    whose sum of two fp32 numbers rounds to the same fp32 number as the exact one (53 >= 2 24 + 2,
+    Figueroa 1995)."""
+    return (x.double() * weight.double() + y.double()).float()
+
+
 def _weight(difference: Tensor) -> Tensor:
-    """2^difference for integers down to -126, built from its bits; zero below and for NaN."""
+    """2^difference for integers of -126 to 8, built from its bits; zero below and for NaN."""
     exponent = difference.nan_to_num(-126.0).clamp(min=-126.0).to(torch.int32)
     exact = ((exponent + 127) << 23).view(torch.float32)
     return torch.where(difference >= -126.0, exact, 0.0)

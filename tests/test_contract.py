@@ -359,10 +359,11 @@ def test_flushing_subnormals_does_not_matter():
 
 def test_standard_mode_is_the_control():
     """Standard mode does depend on the batch, so the comparisons in this file can fail."""
-    b, s_k = (32, 4096) if ON_GPU else (8, LONG)  # a GPU that has room cuts a row into blocks
-    q, k, v = Problem((1,) * b, (s_k,) * b, 2, 2, 32, FINEST).dense()
+    # A GPU that has room cuts a row into blocks; 16 bits of out hide most differences, lse fewer.
+    b, s_k, h = (32, 4096, 16) if ON_GPU else (8, LONG, 2)
+    q, k, v = Problem((1,) * b, (s_k,) * b, h, h, 32, FINEST).dense()
     with deterministic(False):
         together, alone = run(q, k, v), run(q[:1], k[:1], v[:1])
-    assert not bitwise_equal(together[0][:1], alone[0])
+    assert not all(bitwise_equal(x[:1], y) for x, y in zip(together, alone, strict=True))
     together, alone = run(q, k, v), run(q[:1], k[:1], v[:1])
     assert_same(alone, (together[0][:1], together[1][:1]))

@@ -1,12 +1,14 @@
 """Segments, their partials and their fold, in PyTorch as in the kernel; infinities and NaN."""
 
+import ctypes
+import ctypes.util
 import itertools
 import math
 
 import pytest
 import torch
 from device import DEVICE, DTYPES, FINEST, LADDER, ON_GPU, WIDEST
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from row_calls import assert_same, run
 from strategies import (
@@ -20,7 +22,7 @@ from strategies import (
     with_examples,
 )
 
-from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
+from flash_attn import determinism, flash_attn_varlen_func, flash_attn_with_kvcache
 from flash_attn.determinism import deterministic, explain, forward_partials, reduce_partials
 
 # Keys: two segments, a block and a bit; one block and a bit.
@@ -99,6 +101,39 @@ def test_fold_of_distant_segments(apart, dominant):
     expected = 1e37 * weight if apart <= 126 else 0.0
     rtol = max(1e-5, torch.finfo(WIDEST).eps)
     torch.testing.assert_close(out, torch.full_like(out, expected), rtol=rtol, atol=0.0)
+
+
+FLOATS = st.floats(width=32)  # subnormal, infinite and NaN among them
+
+
+@given(FLOATS, st.integers(-126, 8), FLOATS)
+@example(1.0, -24, 1.0).via("a tie")
+@example(1.0 + 2.0**-23, -24, 1.0).via("just above a tie")
+@example(2.0**-149, -126, 2.0**-126).via("far below the smallest number")
+def test_multiply_add_in_pytorch_rounds_once(x, exponent, y):
+    """As fmaf of the C library."""
+    fmaf = ctypes.CDLL(ctypes.util.find_library("m")).fmaf
+    fmaf.restype, fmaf.argtypes = ctypes.c_float, [ctypes.c_float] * 3
+    tensors = (torch.tensor(value, device=DEVICE) for value in (x, 2.0**exponent, y))
+    actual = determinism._multiply_add(*tensors).cpu()
+    expected = torch.tensor(fmaf(x, 2.0**exponent, y))
+    torch.testing.assert_close(actual, expected, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("apart", "stays"), [(-9, True), (8, True), (9, False)])
+def test_fold_moves_its_reference_when_a_segment_lies_well_above(apart, stays):
+    """By more than 8. Powers of two hide it, but for values so large that 2^8 times a sum of them
+    is infinite."""
+    q, k, v = (torch.zeros(1, n, 1, 16, dtype=WIDEST, device=DEVICE) for n in (1, LONG, LONG))
+    q[..., 0] = 1.0
+    k[:, SEGMENT:, :, 0] = apart
+    v[:] = 2.0**112
+    with_ln2 = {"softmax_scale": math.log(2.0)}
+    partials = forward_partials(q, k, v, **with_ln2)
+    assert partials.max_log2.flatten().tolist() == [0.0, apart, apart]
+    out, lse = run(q, k, v, **with_ln2)
+    assert out.isinf().all() if stays and apart > 0 else out.isfinite().all()
+    assert_same(reduce_partials(partials, WIDEST), (out, lse))
 
 
 def test_partials_say_what_each_segment_saw():

@@ -11,8 +11,8 @@
 //   Segments: the keys between two neighbours of a fixed, growing ladder of boundaries; the unit
 //   that may run elsewhere.
 //
-//   Fold: closed segments are combined in ascending order with exact powers of two: one rounding a
-//   fold.
+//   Fold: closed segments are added in ascending order, each with a fused multiply-add by an exact
+//   power of two: one rounding a fold.
 //
 // Key positions count from the sequence's own first key (after left padding).
 // Everything is `static inline`: the file is compiled under several instruction sets and must never
@@ -38,6 +38,8 @@ static constexpr int64_t kCpuBlockQueries = 96;
 // multiplied. Probabilities are up to 8, which rounds them no worse; only a row's largest is
 // exactly 1 no more.
 static constexpr float kSm80Slack = 3.0f;
+// The same for the references of segments and that of the fold, in every family.
+static constexpr float kFoldSlack = 8.0f;
 
 // A ladder says where segments begin. Short segments give a short context its parallelism, long
 // ones keep a long context's folds few. Each family has its own.
@@ -137,16 +139,19 @@ FA_HOST_DEVICE static inline float power_of_two(int exponent) {
   return value;
 }
 
-// The weight 2^(reference - common) of a partial whose reference lies at or below the common one.
-// Both are integers (or -inf for "saw nothing", NaN for "is NaN already"); anything 2^126 and more
-// below counts as nothing.
+// fold' = fma(part, 2^(part_reference - common), fold 2^(reference - common)), the sums likewise.
+//
+// The fold's reference stays, unless that of a part lies well above it: then the fold is
+// multiplied.
+FA_HOST_DEVICE static inline float fold_reference(float reference, float part_reference) {
+  return part_reference > reference + kFoldSlack ? part_reference : reference;
+}
+
+// The weight 2^(reference - common). Both are integers (or -inf for "saw nothing", NaN for "is NaN
+// already"), `reference` at most kFoldSlack above; anything 2^126 and more below counts as nothing.
 FA_HOST_DEVICE static inline float fold_weight(float reference, float common) {
   float const difference = reference - common;
   return difference >= -126.0f ? power_of_two(static_cast<int>(difference)) : 0.0f;
-}
-
-FA_HOST_DEVICE static inline float fold_reference(float left, float right) {
-  return left > right ? left : right;
 }
 
 // log2(x) for x >= 0, in double, from additions, products and one quotient that are each rounded on

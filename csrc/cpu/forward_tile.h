@@ -245,17 +245,17 @@ struct ForwardTile {
     return {reference, sum_of_lanes(load(scratch.l + r * kLanes)) * weight[0], weight[0]};
   }
 
-  // fold = fold * 2^(M1 - M') + (o, l) * 2^(M2 - M'): exact products, one rounding.
+  // The fold of contract.h.
   void fold_row(int64_t r, float const* o, Closed const& closed) const {
     float const common = contract::fold_reference(scratch.m_fold[r], closed.reference);
-    float const w1 = contract::fold_weight(scratch.m_fold[r], common),
-                w2 = contract::fold_weight(closed.reference, common);
+    float const before = contract::fold_weight(scratch.m_fold[r], common),
+                now = contract::fold_weight(closed.reference, common);
     float* const fold = scratch.o_fold + r * d_pad;
     for (int64_t c = 0; c < d_pad; c += kLanes) {
-      Vec const moved = load(o + c) * broadcast(closed.weight);
-      store(fold + c, load(fold + c) * broadcast(w1) + moved * broadcast(w2));
+      Vec const part = load(o + c) * broadcast(closed.weight);
+      store(fold + c, multiply_add(part, broadcast(now), load(fold + c) * broadcast(before)));
     }
-    scratch.l_fold[r] = scratch.l_fold[r] * w1 + closed.sum * w2;
+    scratch.l_fold[r] = std::fma(closed.sum, now, scratch.l_fold[r] * before);
     scratch.m_fold[r] = common;
   }
 

@@ -18,7 +18,7 @@ FORWARD = """\
 #include "csrc/sm80/forward_launch.cuh"
 
 namespace fa::sm80 {{
-using Traits = {rows}<{element}, {d}, {features}>;
+using Traits = {traits}<{element}, {d}, {features}>;
 template void launch_forward<Traits>(ForwardLaunch const&, cudaStream_t);
 }}  // namespace fa::sm80
 """
@@ -31,6 +31,12 @@ using Traits = {tile}<{element}, {shape}, {features}>;
 template void {launch}<Traits>(BackwardLaunch const&, cudaStream_t);
 }}  // namespace fa::sm80
 """
+# Traits, their last argument, head dims. Few rows of 96 columns take the kernel of 128.
+FORWARDS = {
+    "few": ("FewRows", ", false", (64, 128, 192, 256)),
+    "crowd": ("FewRows", ", true", (128,)),
+    "many": ("ManyRows", "", HEAD_DIMS),
+}
 # Name, traits, shape and launch. Head dims up to 128 walk once, by 128 keys, or by 64 where shared
 # memory is short; wider ones twice.
 BACKWARDS = [
@@ -44,19 +50,16 @@ BACKWARDS = [
 def files() -> dict[str, str]:
     """File names and their contents."""
     wanted = {}
-    for dtype, d, rows, features in itertools.product(
-        ELEMENTS, HEAD_DIMS, ("few", "many"), (False, True)
-    ):
+    for dtype, d, rows, features in itertools.product(ELEMENTS, HEAD_DIMS, FORWARDS, (False, True)):
         kind = "features" if features else "plain"
-        name = f"sm80_forward_d{d}_{dtype}_{rows}_{kind}.cu"
-        if (rows, d) == ("few", 96):
-            continue  # those take the kernel of 128 columns
-        wanted[name] = FORWARD.format(
-            rows={"few": "FewRows", "many": "ManyRows"}[rows],
-            element=ELEMENTS[dtype],
-            d=d,
-            features=str(features).lower(),
-        )
+        traits, behind, head_dims = FORWARDS[rows]
+        if d in head_dims:
+            wanted[f"sm80_forward_d{d}_{dtype}_{rows}_{kind}.cu"] = FORWARD.format(
+                traits=traits,
+                element=ELEMENTS[dtype],
+                d=d,
+                features=str(features).lower() + behind,
+            )
     for dtype, backward, features in itertools.product(ELEMENTS, BACKWARDS, (False, True)):
         kind = "features" if features else "plain"
         name, tile, shape, launch = backward

@@ -20,7 +20,8 @@ constexpr int64_t head_dim_bucket(int64_t d) {
 
 // How a forward pass is cut. In deterministic mode nothing here can change a bit.
 struct ForwardPlan {
-  bool few_rows = false;     // a tile is one warp's
+  bool few_rows = false;     // a tile has at most sixteen
+  bool crowd = false;        // of few rows there are more thread blocks than places
   int64_t tile_rows = 0;     //
   int64_t tiles = 0;         // query tiles of the longest sequence
   int64_t num_segments = 0;  // of the longest sequence

@@ -55,8 +55,8 @@ __global__ __launch_bounds__(32 * kWarps) void fold_kernel(
       float const common = contract::fold_reference(m, part_m);
       float const before = contract::fold_weight(m, common);
       float const now = contract::fold_weight(part_m, common);
-      o = o * before + part[i] * now;
-      l = l * before + part_l * now;
+      o = fmaf(part[i], now, o * before);
+      l = fmaf(part_l, now, l * before);
       m = common;
     }
   }

@@ -22,31 +22,34 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 using Launch = void (*)(ForwardLaunch const&, cudaStream_t);
 
 template <class Element, int kD, bool kFeatures>
-Launch with_rows(bool few) {
+Launch with_rows(ForwardPlan const& plan) {
+  if (!plan.few_rows) return launch_forward<ManyRows<Element, kD, kFeatures>>;
   // Few rows of 96 columns would not divide among four warps.
   constexpr int kFewD = kD == 96 ? 128 : kD;
-  return few ? launch_forward<FewRows<Element, kFewD, kFeatures>>
-             : launch_forward<ManyRows<Element, kD, kFeatures>>;
+  if constexpr (crowd_has_kernels(kFewD)) {
+    if (plan.crowd) return launch_forward<FewRows<Element, kFewD, kFeatures, true>>;
+  }
+  return launch_forward<FewRows<Element, kFewD, kFeatures, false>>;
 }
 
 template <class Element, int kD>
-Launch with_features(bool few, bool features) {
-  return features ? with_rows<Element, kD, true>(few) : with_rows<Element, kD, false>(few);
+Launch with_features(ForwardPlan const& plan, bool features) {
+  return features ? with_rows<Element, kD, true>(plan) : with_rows<Element, kD, false>(plan);
 }
 
 template <class Element>
-Launch with_head_dim(int64_t d, bool few, bool features) {
+Launch with_head_dim(int64_t d, ForwardPlan const& plan, bool features) {
   switch (head_dim_bucket(d)) {
     case 64:
-      return with_features<Element, 64>(few, features);
+      return with_features<Element, 64>(plan, features);
     case 96:
-      return with_features<Element, 96>(few, features);
+      return with_features<Element, 96>(plan, features);
     case 128:
-      return with_features<Element, 128>(few, features);
+      return with_features<Element, 128>(plan, features);
     case 192:
-      return with_features<Element, 192>(few, features);
+      return with_features<Element, 192>(plan, features);
     default:
-      return with_features<Element, 256>(few, features);
+      return with_features<Element, 256>(plan, features);
   }
 }
 
@@ -54,6 +57,14 @@ Launch with_head_dim(int64_t d, bool few, bool features) {
 int64_t partial_rows(LayoutParams const& layout) {
   return layout.cu_seqlens_q ? layout.h_q * layout.lse_head_stride
                              : layout.b * layout.lse_batch_stride;
+}
+
+// Whether no piece has many more keys than others: segments grow with the position.
+bool pieces_are_even(ForwardPlan const& plan) {
+  if (plan.pieces <= 1) return true;
+  Segmentation const& cut = plan.segmentation;
+  int64_t const last = plan.num_segments;
+  return cut.begin(last) - cut.begin(last - 1) == cut.begin(1);
 }
 
 // For a call without a tile.
@@ -113,6 +124,7 @@ ForwardPlan plan_forward(ForwardParams const& params, Processors const& processo
   int64_t const partial_floats = plan.num_segments * partial_rows(layout) * (layout.d + 2);
   plan.pieces = pieces < 1 || partial_floats > kMaxPartialFloats ? 1 : pieces;
   plan.work = plan.blocks = tiles * plan.pieces;
+  plan.crowd = plan.few_rows && plan.work > places && pieces_are_even(plan);
   // Pieces share no keys, and late ones, which are longer, go first among all heads.
   int64_t const bytes = plan.pieces > 1 ? 0 : 4 * layout.s_k * bucket;
   plan.section = heads_a_section(bytes, layout.h_kv * layout.b);
@@ -160,9 +172,8 @@ void forward(ForwardParams const& call, ForwardPlan const& plan, float* scratch,
   }
   bool const features = launch.scale.shaped || launch.scale.drops || !launch.aligned;
   int64_t const d = call.layout.d;
-  auto const run = call.dtype == DType::kFloat16
-                       ? with_head_dim<__half>(d, plan.few_rows, features)
-                       : with_head_dim<__nv_bfloat16>(d, plan.few_rows, features);
+  auto const run = call.dtype == DType::kFloat16 ? with_head_dim<__half>(d, plan, features)
+                                                 : with_head_dim<__nv_bfloat16>(d, plan, features);
   run(launch, on);
   if (launch.partials && !hands_on) launch_fold(launch, on);
 }

@@ -57,7 +57,7 @@ struct FewRowsTile : ForwardTile<Traits> {
 
   __device__ void open_segment() {
     set_zero(o);
-    m[0] = m[1] = -INFINITY, l[0] = l[1] = 0.0f;
+    m[0] = m[1] = kNoReference, l[0] = l[1] = 0.0f;
   }
 
   __device__ void run_tile() {
@@ -106,19 +106,19 @@ struct FewRowsTile : ForwardTile<Traits> {
           if (lane % 4 == 0) shared.top[warp][row_of(r, lane)] = top;
         }
         __syncthreads();  // the maxima are there, and nobody reads the probabilities any more
-        Move moves[kBlocks][2];
-        softmax(s_or_p, moves, exponent_scale);
+        float rescale[kBlocks][2];
+        softmax(s_or_p, rescale, exponent_scale);
         if (Traits::kFeatures && launch.scale.drops)
           drop(s_or_p, place.rows, first_key, launch.scale.keep, dropout_key, place.batch, lane);
         put_probabilities(s_or_p);
         wait_copies<1>();
         __syncthreads();  // the probabilities and their sums are there, and the values
-        add_values(moves);
+        add_values(rescale);
         __syncthreads();  // nobody reads the values any more
         if (next < end) place.values.load(v, next, warp, lane);
         commit_copies();
         if (next >= segment_end || next >= end) {
-          close(segment, exponent_scale);
+          close(segment);
           open_segment();
           segment += 1;
           segment_end = this->segment_begin(segment + 1);
@@ -129,21 +129,21 @@ struct FewRowsTile : ForwardTile<Traits> {
   }
 
   // The maximum moves once a block; this warp's scores become probabilities at that of their block.
-  __device__ __forceinline__ void softmax(Scores& s, Move (&moves)[kBlocks][2],
+  __device__ __forceinline__ void softmax(Scores& s, float (&rescale)[kBlocks][2],
                                           float exponent_scale) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       int const row = row_of(r, lane);
+      float reference = 0.0f;
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
         float top = -INFINITY;
 #pragma unroll
         for (int w = 0; w < kWarpsOfBlock; ++w)
           top = fmaxf(top, shared.top[b * kWarpsOfBlock + w][row]);
-        moves[b][r] = Move::to(m[r], top, exponent_scale);
+        rescale[b][r] = move(m[r], top, exponent_scale);
+        if (b <= warp / kWarpsOfBlock) reference = m[r];
       }
-      float reference = moves[0][r].reference;
-      if (kBlocks == 2 && warp >= kWarpsOfBlock) reference = moves[kBlocks - 1][r].reference;
 #pragma unroll
       for (int n = 0; n < kWarpKeys / 16; ++n) {
         shared.sum[warp * (kWarpKeys / 16) + n][row][lane % 4] =
@@ -164,7 +164,7 @@ struct FewRowsTile : ForwardTile<Traits> {
   }
 
   // l = l a + sum(p), o = o a + p v, block after block; of o this warp's columns.
-  __device__ __forceinline__ void add_values(Move const (&moves)[kBlocks][2]) {
+  __device__ __forceinline__ void add_values(float const (&rescale)[kBlocks][2]) {
     auto const p_at = cursor_a<kSpan>(p, 0, lane);
     auto const v_at = cursor_b_transposed<kD>(v, 0, lane, 2 * warp);
 #pragma unroll
@@ -172,9 +172,9 @@ struct FewRowsTile : ForwardTile<Traits> {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         auto const sum = [&](int i) { return shared.sum[b * 4 + i][row_of(r, lane)][lane % 4]; };
-        l[r] = fmaf(l[r], moves[b][r].rescale, (sum(0) + sum(1)) + (sum(2) + sum(3)));
+        l[r] = l[r] * rescale[b][r] + ((sum(0) + sum(1)) + (sum(2) + sum(3)));
       }
-      rescale_rows(o, [&](int r) { return moves[b][r].rescale; });
+      rescale_rows(o, [&](int r) { return rescale[b][r]; });
       accumulate<Element, kBlockKeys>(
           o, [&](int i, int, uint32_t (&to)[4]) { load_matrix(to, p_at.at(0, b * 8 + 2 * i)); },
           [&](int i, int n, uint32_t (&to)[4]) {
@@ -188,14 +188,14 @@ struct FewRowsTile : ForwardTile<Traits> {
   }
 
   // The end of a segment: its rows are handed on, or folded.
-  __device__ __forceinline__ void close(int segment, float exponent_scale) {
+  __device__ __forceinline__ void close(int segment) {
     Sequence const s = this->sequence();
     int const d = static_cast<int>(call.layout.d);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      ClosedRow const closed = ClosedRow::of(m[r], l[r], exponent_scale);
+      float const sum = sum_of_quad(l[r]);
       if (!launch.partials) {
-        FoldedRow const folded = FoldedRow::of(m_fold[r], l_fold[r], closed);
+        FoldedRow const folded = FoldedRow::of(m_fold[r], l_fold[r], closed_reference(m[r]), sum);
         m_fold[r] = folded.reference, l_fold[r] = folded.sum;
 #pragma unroll
         for (int n = 0; n < kGroups; ++n)
@@ -208,12 +208,12 @@ struct FewRowsTile : ForwardTile<Traits> {
       int64_t const index = segment * call.partials.rows + this->lse_index(s, place.rows[row]);
 #pragma unroll
       for (int n = 0; n < kGroups; ++n) {
-        this->emit_pair(call.partials.out + index * d, column_of(n), d,
-                        o[0][n][2 * r] * closed.weight, o[0][n][2 * r + 1] * closed.weight);
+        this->emit_pair(call.partials.out + index * d, column_of(n), d, o[0][n][2 * r],
+                        o[0][n][2 * r + 1]);
       }
       if (warp == 0 && lane % 4 == 0) {
-        call.partials.max_log2[index] = closed.reference;
-        call.partials.sum[index] = closed.sum;
+        call.partials.max_log2[index] = closed_reference(m[r]);
+        call.partials.sum[index] = sum;
       }
     }
   }

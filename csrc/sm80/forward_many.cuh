@@ -81,6 +81,7 @@ struct ManyRowsTile : ForwardTile<Traits> {
     uint64_t dropout_key = 0;
     if (Traits::kFeatures && launch.scale.drops) dropout_key = philox_key(call.score.seed);
     float const exponent_scale = launch.scale.exponent_scale;
+    bool const paged = call.layout.block_table != nullptr;
 
     Rows state;
     state.open_segment();
@@ -91,33 +92,34 @@ struct ManyRowsTile : ForwardTile<Traits> {
       fill_scattered_rows<kD, Traits::kRowsAWarp, Traits::kAnyAddress>(
           q, warp_row, warp_row_address(call.q, lane), nullptr, static_cast<int>(call.layout.d),
           launch.aligned, lane);
-      place.keys.load(k, begin, warp, lane);
-      if (kStages == 2) place.values.load(v, begin, warp, lane);
+      Part early[kStages];  // what is copied during the product
+      early[0] = place.keys.part(k, begin, paged, warp, lane);
+      if constexpr (kStages == 2) early[1] = place.values.part(v, begin, paged, warp, lane);
+      for (Part const& part : early) part.copy_all();
       commit_copies();
       int stage_bytes = 0;  // before this block's stage
       uint32_t queries[kD / 16][Rows::kRowTiles][4];
 #pragma unroll 1
       for (int block = begin; block < end; block += kBlockKeys) {  // ascending
         int const next = block + kBlockKeys;
-        bool const seen = block < last_end && next > first_begin;
         typename Rows::Scores s_or_p;
         wait_copies<0>();
         __syncthreads();  // the keys are there, and nobody reads the block before them any more
         uint32_t const k_now = k + stage_bytes, v_now = v + stage_bytes;
         // Copied while this block is worked on: its values, then the next keys; or, with two
         // stages, both of the next block.
-        auto const coming = [&](KeyTiles<Traits> const& tiles, uint32_t to) {
-          Part part = tiles.part(to, next, warp, lane);
+        auto const next_keys = [&] {
+          Part part = place.keys.part(k, next, paged, warp, lane);
           part.wanted = next < end;
           return part;
         };
-        Part early[kStages];
         if constexpr (kStages == 1) {
-          early[0] = place.values.part(v, block, warp, lane);
+          early[0] = place.values.part(v, block, paged, warp, lane);
         } else {
           stage_bytes = kStageBytes - stage_bytes;
-          early[0] = coming(place.keys, k + stage_bytes);
-          early[1] = coming(place.values, v + stage_bytes);
+          place.keys.advance(early[0], k + stage_bytes, next, paged, warp, lane);
+          place.values.advance(early[1], v + stage_bytes, next, paged, warp, lane);
+          early[0].wanted = early[1].wanted = next < end;
         }
         static_assert(Part::kSteps <= kD / 16, "the product has too few steps for the copies");
         auto const copy = [&](int i) {
@@ -125,30 +127,29 @@ struct ManyRowsTile : ForwardTile<Traits> {
           for (Part const& part : early)
             if (i < Part::kSteps) part.copy(i);
         };
-        auto const swap_values_for_keys = [&] {
-          commit_copies();
-          if (kStages == 2) return;
+        if (kD == 64 && block == begin) load_queries(queries);
+        // Even where nobody sees the block: a barrier may not lie on a way that not all warps take.
+        auto const q_at = cursor_a<kD>(q, warp_row, lane);
+        multiply_by_rows<Element, kD>(
+            s_or_p,
+            [&](int i, int t, uint32_t (&to)[4]) {
+              if constexpr (kD == 64) {
+#pragma unroll
+                for (int j = 0; j < 4; ++j) to[j] = queries[i][t][j];
+              } else {
+                load_matrix(to, q_at.at(t * 16, 2 * i));
+              }
+              if (t == 0) copy(i);
+            },
+            k_now, 0, lane);
+        commit_copies();
+        Part late{};
+        if constexpr (kStages == 1) {
+          late = next_keys();
           wait_copies<0>();
           __syncthreads();  // the values are there, and nobody reads the keys any more
-        };
-        if (kD == 64 && block == begin) load_queries(queries);
-        if (seen) {
-          auto const q_at = cursor_a<kD>(q, warp_row, lane);
-          multiply_by_rows<Element, kD>(
-              s_or_p,
-              [&](int i, int t, uint32_t (&to)[4]) {
-                if constexpr (kD == 64) {
-#pragma unroll
-                  for (int j = 0; j < 4; ++j) to[j] = queries[i][t][j];
-                } else {
-                  load_matrix(to, q_at.at(t * 16, 2 * i));
-                }
-                if (t == 0) copy(i);
-              },
-              k_now, 0, lane);
-          Part late{};
-          if (kStages == 1) late = coming(place.keys, k);
-          swap_values_for_keys();
+        }
+        if (block < last_end && next > first_begin) {  // one of this warp's rows sees it
           int const first_key = block + lane % 4 * 2;
           if (Traits::kFeatures || block < last_begin || next > first_end)
             shape_and_mask<Traits::kFeatures>(s_or_p, rows, first_key, launch.scale, lane);
@@ -161,23 +162,20 @@ struct ManyRowsTile : ForwardTile<Traits> {
           if (Traits::kFeatures && launch.scale.drops)
             drop(s_or_p, rows, first_key, launch.scale.keep, dropout_key, place.batch, lane);
           add_product<Element, kD>(state.o, s_or_p, v_now, 0, lane);
-        } else {
-          for (Part const& part : early) part.copy_all();
-          swap_values_for_keys();
-          if (kStages == 1) coming(place.keys, k).copy_all(), commit_copies();
+        } else if (kStages == 1) {
+          late.copy_all(), commit_copies();
         }
         if (next >= segment_end || next >= end) {
-          ClosedRow closed[Traits::kThreadRows];
+          float sum[Traits::kThreadRows];
 #pragma unroll
-          for (int r = 0; r < Traits::kThreadRows; ++r)
-            closed[r] = ClosedRow::of(state.m[r], state.l[r], exponent_scale);
+          for (int r = 0; r < Traits::kThreadRows; ++r) sum[r] = sum_of_quad(state.l[r]);
           if (launch.partials) {
-            emit(state, closed, segment);
+            emit(state, sum, segment);
+            state.open_segment();
           } else {
-            state.fold_segment(closed, fold_memory(), shared.m_fold + warp_row,
+            state.fold_segment(sum, fold_memory(), shared.m_fold + warp_row,
                                shared.l_fold + warp_row, first_segment, next >= end, lane);
           }
-          if (next < end) state.open_segment();
           first_segment = false;
           segment += 1;
           segment_end = this->segment_begin(segment + 1);
@@ -200,13 +198,15 @@ struct ManyRowsTile : ForwardTile<Traits> {
     int const num_shared = launch.plan.fold_shared, all = fold_vectors(kD);
     char* const behind =
         reinterpret_cast<char*>(&shared) - Traits::kTileBytes + Traits::kSharedBytes;
-    int64_t const block = static_cast<int64_t>(blockIdx.x) * (all - num_shared) - num_shared;
-    return {reinterpret_cast<float4*>(behind) + threadIdx.x,
-            launch.folds + block * Traits::kThreads + threadIdx.x, num_shared};
+    int const num_scratch = all - num_shared;
+    int64_t const first = static_cast<int64_t>(blockIdx.x) * num_scratch * Traits::kThreads;
+    return {launch.folds + first + threadIdx.x,
+            reinterpret_cast<float4*>(behind) - num_scratch * Traits::kThreads + threadIdx.x,
+            num_scratch};
   }
 
   // Hands a closed segment's rows on.
-  __device__ void emit(Rows const& state, ClosedRow const (&closed)[Traits::kThreadRows],
+  __device__ void emit(Rows const& state, float const (&sum)[Traits::kThreadRows],
                        int segment) const {
     Sequence const s = this->sequence();
     int const d = static_cast<int>(call.layout.d);
@@ -219,12 +219,11 @@ struct ManyRowsTile : ForwardTile<Traits> {
 #pragma unroll
       for (int n = 0; n < Rows::kColumnGroups; ++n) {
         this->emit_pair(partials.out + index * d, n * 8 + lane % 4 * 2, d,
-                        state.o[r / 2][n][r % 2 * 2] * closed[r].weight,
-                        state.o[r / 2][n][r % 2 * 2 + 1] * closed[r].weight);
+                        state.o[r / 2][n][r % 2 * 2], state.o[r / 2][n][r % 2 * 2 + 1]);
       }
       if (lane % 4 == 0) {
-        partials.max_log2[index] = closed[r].reference;
-        partials.sum[index] = closed[r].sum;
+        partials.max_log2[index] = closed_reference(state.m[r]);
+        partials.sum[index] = sum[r];
       }
     }
   }
@@ -239,7 +238,7 @@ struct ManyRowsTile : ForwardTile<Traits> {
 #pragma unroll
       for (int r = 0; r < Traits::kThreadRows; ++r) {
         int const row = warp_row + row_of(r, lane);
-        shared.m_fold[row] = state.m[r], shared.l_fold[row] = state.l[r];
+        shared.m_fold[row] = closed_reference(state.m[r]), shared.l_fold[row] = state.l[r];
       }
     }
     __syncwarp();  // the rows are complete

@@ -5,6 +5,8 @@
 // lanes of a quad share them. cuda/product.cuh says which elements.
 #pragma once
 
+#include <limits>
+
 #include "csrc/cuda/product.cuh"
 #include "csrc/cuda/score.cuh"
 
@@ -49,22 +51,29 @@ __device__ __forceinline__ float largest_score(Product<kRowTiles, kKeyGroups> co
   return max_of_quad(top);
 }
 
-// What a block does to a row: the reference of its exponents, in log2 units, and what the sums
-// before it are multiplied by.
-struct Move {
-  float reference, rescale;
+// The reference m of a row's exponents is an integer in log2 units, so that moving it multiplies by
+// powers of two; that of a row which has seen no key yet lies below all scores.
+constexpr float kNoReference = -std::numeric_limits<float>::max();
 
-  // m, whose multiple the reference is, moves to a maximum that lies well above it.
-  __device__ __forceinline__ static Move to(float& m, float top, float exponent_scale) {
-    bool const moves = (top - m) * exponent_scale > contract::kSm80Slack;  // not when both are -inf
-    float const before = m * exponent_scale;
-    if (moves) m = top;
-    float const reference = m == -INFINITY ? 0.0f : m * exponent_scale;
-    return {reference, moves ? exp2_of(before - reference) : 1.0f};
-  }
-};
+// Whether a block's largest score, `top`, lies so far above the reference that it moves.
+__device__ __forceinline__ bool moves(float reference, float top, float exponent_scale) {
+  return fmaf(top, exponent_scale, -reference) > contract::kSm80Slack;
+}
 
-// p = exp2((x - m) scale) of the sixteen keys of groups n, n + 1 of a thread row; returns this
+// Moves it if so; returns what the sums before are multiplied by.
+__device__ __forceinline__ float move(float& reference, float top, float exponent_scale) {
+  if (!moves(reference, top, exponent_scale)) return 1.0f;
+  float const before = reference;
+  reference = ceilf(top * exponent_scale);
+  return exp2_of(before - reference);
+}
+
+// As partials and the fold know it: what saw nothing counts for nothing.
+__device__ __forceinline__ float closed_reference(float reference) {
+  return reference == kNoReference ? -INFINITY : reference;
+}
+
+// p = exp2(x scale - m) of the sixteen keys of groups n, n + 1 of a thread row; returns this
 // thread's sum of them. A block's sum is ((0 + 1) + (2 + 3)) of its four sixteens.
 template <int kRowTiles, int kKeyGroups>
 __device__ __forceinline__ float exponentiate(Product<kRowTiles, kKeyGroups>& s, int r, int n,
@@ -115,31 +124,20 @@ __device__ __forceinline__ void drop(Product<kRowTiles, kKeyGroups>& p, RowView 
   }
 }
 
-// A row's segment moved to the reference ceil(m), once; its o still has to be multiplied by weight.
-struct ClosedRow {
-  float reference, sum, weight;
-
-  // m: of Move; l: the sum over this thread's keys.
-  __device__ __forceinline__ static ClosedRow of(float m, float l, float exponent_scale) {
-    float const m_log2 = m * exponent_scale, reference = ceilf(m_log2);
-    float const weight = exp2_of(m == -INFINITY ? 0.0f : m_log2 - reference);
-    return {reference, sum_of_quad(l) * weight, weight};
-  }
-};
-
-// fold' = fold * before + part * weight * now: exact powers of two, one rounding.
+// The fold of contract.h, of one row.
 struct FoldedRow {
-  float reference, sum, before, weight, now;
+  float reference, sum, before, now;
 
-  __device__ __forceinline__ static FoldedRow of(float reference, float sum,
-                                                 ClosedRow const& closed) {
-    float const common = contract::fold_reference(reference, closed.reference);
-    float const before = contract::fold_weight(reference, common);
-    float const now = contract::fold_weight(closed.reference, common);
-    return {common, sum * before + closed.sum * now, before, closed.weight, now};
+  __device__ __forceinline__ static FoldedRow of(float reference, float sum, float part_reference,
+                                                 float part_sum) {
+    float const common = contract::fold_reference(reference, part_reference);
+    // A fold that saw nothing is zero, which is the same wherever its reference lies.
+    float const before = reference == -INFINITY ? 1.0f : contract::fold_weight(reference, common);
+    float const now = contract::fold_weight(part_reference, common);
+    return {common, fmaf(part_sum, now, sum * before), before, now};
   }
   __device__ __forceinline__ float operator()(float fold, float part) const {
-    return fold * before + part * weight * now;
+    return fmaf(part, now, fold * before);
   }
 };
 

@@ -58,19 +58,31 @@ struct KeyTiles {
   }
 
   // The same, to be copied step by step. A share of up to sixteen rows lies in one page, whose size
-  // is a multiple of sixteen.
+  // is a multiple of sixteen. `paged` is the launch's: asking `pages` would wait for shared memory.
   using Part = cuda::EvenRows<kD, kWarpRows, Traits::kAnyAddress>;
-  __device__ __forceinline__ Part part(uint32_t to, int block, int warp, int lane) const {
+  __device__ __forceinline__ Part part(uint32_t to, int block, bool paged, int warp,
+                                       int lane) const {
     static_assert(kWarpRows <= 16);
     int const own = warp * kWarpRows, key = block + own;
     Part rows{to, own, first, row_bytes, s_k - key, d, aligned, lane};
-    if (!Traits::kPaged || !pages) {
+    if (!Traits::kPaged || !paged) {
       rows.from += key * row_bytes;
     } else if (rows.present > 0) {
       rows.from = row_in_page(key);
       if (!rows.from) rows.present = 0;
     }
     return rows;
+  }
+
+  // From the block before to `block`, without a product.
+  __device__ __forceinline__ void advance(Part& part, uint32_t to, int block, bool paged, int warp,
+                                          int lane) const {
+    if (Traits::kPaged && paged) {
+      part = this->part(to, block, paged, warp, lane);
+      return;
+    }
+    part.tile = to, part.present -= Traits::kLoadKeys;
+    part.from += Traits::kLoadKeys * part.stride;
   }
 };
 

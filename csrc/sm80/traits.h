@@ -14,16 +14,20 @@ constexpr int kBlockKeys = static_cast<int>(contract::kSm80BlockKeys);
 constexpr int kWarpsABlock = 4, kThreadsABlock = 32 * kWarpsABlock;
 constexpr int kFewRows = 16;
 
-// Keys that few rows take at a time: whole blocks, which 99 KB of shared memory hold twice.
-constexpr int span_keys(int d) { return d <= 128 ? 128 : 64; }
+// Keys that few rows take at a time: whole blocks, which 99 KB of shared memory hold twice. Where
+// there are more thread blocks than places (a crowd), smaller spans make more places.
+constexpr bool crowd_has_kernels(int d) { return d == 128; }
+constexpr int span_keys(int d, bool crowd) {
+  return d <= 64 || (d <= 128 && !(crowd && crowd_has_kernels(d))) ? 128 : 64;
+}
 
 constexpr int tile_rows(int d, bool few_rows) { return few_rows ? kFewRows : d <= 128 ? 128 : 64; }
 
 // Thread blocks that a multiprocessor is meant to hold; the registers are cut to fit, and a plan
 // counts on them.
-constexpr int blocks_a_processor(int d, bool few_rows) {
-  if (few_rows) return d <= 64 ? 4 : d <= 192 ? 3 : 2;
-  return 2;
+constexpr int blocks_a_processor(int d, bool few_rows, bool crowd = false) {
+  if (!few_rows) return 2;
+  return d * span_keys(d, crowd) <= 8192 ? 4 : d <= 192 ? 3 : 2;
 }
 
 // Stages of keys and values: with two, a block is on its way while the one before is worked on.
@@ -73,13 +77,13 @@ struct ManyRows : ForwardTraits<Element, kD, kFeatures> {
   static constexpr int kTileBytes = tile_bytes(kD), kSharedBytes = shared_bytes(kD);
 };
 
-template <class Element, int kD, bool kFeatures>
+template <class Element, int kD, bool kFeatures, bool kCrowd>
 struct FewRows : ForwardTraits<Element, kD, kFeatures> {
   static constexpr bool kFewRows = true;
   static constexpr int kRows = 16, kRowsAWarp = kRows;  // every warp computes for all
-  static constexpr int kLoadKeys = span_keys(kD), kWarpKeys = kLoadKeys / kWarpsABlock;
+  static constexpr int kLoadKeys = span_keys(kD, kCrowd), kWarpKeys = kLoadKeys / kWarpsABlock;
   static constexpr int kBlocks = kLoadKeys / kBlockKeys;
-  static constexpr int kBlocksAProcessor = blocks_a_processor(kD, true);
+  static constexpr int kBlocksAProcessor = blocks_a_processor(kD, true, kCrowd);
 
   static constexpr int kQueryBytes = kRows * kD * 2;
   static constexpr int kLoadBytes = kLoadKeys * kD * 2;
