@@ -110,6 +110,9 @@ FLOATS = st.floats(width=32)  # subnormal, infinite and NaN among them
 @example(1.0, -24, 1.0).via("a tie")
 @example(1.0 + 2.0**-23, -24, 1.0).via("just above a tie")
 @example(2.0**-149, -126, 2.0**-126).via("far below the smallest number")
+@example(3 * 2.0**-149, -1, 2.0**-149).via(
+    "a product that underflows: 2.5 rounds to 2, 1.5 + 1 to 3"
+)
 def test_multiply_add_in_pytorch_rounds_once(x, exponent, y):
     """As fmaf of the C library."""
     fmaf = ctypes.CDLL(ctypes.util.find_library("m")).fmaf
@@ -118,6 +121,22 @@ def test_multiply_add_in_pytorch_rounds_once(x, exponent, y):
     actual = determinism._multiply_add(*tensors).cpu()
     expected = torch.tensor(fmaf(x, 2.0**exponent, y))
     torch.testing.assert_close(actual, expected, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+@pytest.mark.cpu_only  # 16 bits hold no values as small
+def test_a_fold_rounds_once_where_its_product_underflows():
+    """In units of 2^-149, 1 + 3 / 2 = 2.5 is 2, but 3 with the product rounded first; l is 1.5."""
+    q, k, v = (torch.zeros(1, n, 1, 16) for n in (1, 2 * SEGMENT, 2 * SEGMENT))
+    q[..., 0] = 1.0
+    k[..., 0] = -300.0  # weighs nothing, but for the first key of each segment
+    k[:, 0, :, 0], k[:, SEGMENT, :, 0] = 0.0, -1.0
+    v[:, 0], v[:, SEGMENT] = 2.0**-149, 3 * 2.0**-149
+    with_ln2 = {"softmax_scale": math.log(2.0)}
+    out, lse = run(q, k, v, **with_ln2)
+    assert_same(reduce_partials(forward_partials(q, k, v, **with_ln2), torch.float32), (out, lse))
+    once, twice = (torch.tensor(n * 2.0**-149) / 1.5 for n in (2, 3))
+    assert once != twice
+    torch.testing.assert_close(out, once.expand_as(out), rtol=0.0, atol=0.0)
 
 
 @pytest.mark.parametrize(("apart", "stays"), [(-9, True), (8, True), (9, False)])
