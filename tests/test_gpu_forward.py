@@ -1,6 +1,7 @@
 """The sm80 family's forward pass on a GPU: against float64, and against itself, byte for byte."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -101,6 +102,34 @@ def test_decoding_does_not_depend_on_how_many_decode(d):
         some = flash_attn_func(q[part], k[part], v[part], return_attn_probs=True)[:2]
         for x, y in zip(some, together, strict=True):
             assert_bitwise_equal(x, y[part])
+
+
+def companies_of(decode) -> list[str]:
+    """For which number of neighbours the kernels of few rows were made that a call runs."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        decode()
+        torch.cuda.synchronize()
+    names = [event.key for event in profile.key_averages()]
+    return [found[1] for name in names if (found := re.search(r"FewRows<.*Company\)(\d)>", name))]
+
+
+def test_a_decode_alone_in_company_and_in_a_crowd():
+    """Each has a kernel of its own, and one row the same bytes in all of them."""
+    gpu = torch.cuda.get_device_properties("cuda")
+    if gpu.shared_memory_per_block_optin < 160 * 1024:
+        pytest.skip("two spans of keys do not fit into this GPU's shared memory")
+    most = 3 * gpu.multi_processor_count + 1
+    q, k, v = normal(most, 1, 4, 128), normal(most, 500, 1, 128), normal(most, 500, 1, 128)
+
+    def decode(b):
+        return flash_attn_func(q[:b], k[:b], v[:b], return_attn_probs=True)[:2]
+
+    crowd = decode(most)
+    for company, b in enumerate((1, 2 * gpu.multi_processor_count, most)):
+        assert companies_of(lambda b=b: decode(b)) == [str(company)]
+        for x, y in zip(decode(b), crowd, strict=True):
+            assert_bitwise_equal(x, y[:b])
 
 
 def test_a_pack_with_a_gap_behind_it():

@@ -18,7 +18,7 @@ FORWARD = """\
 #include "csrc/sm80/forward_launch.cuh"
 
 namespace fa::sm80 {{
-using Traits = {traits}<{element}, {d}, {features}>;
+using Traits = {traits};
 template void launch_forward<Traits>(ForwardLaunch const&, cudaStream_t);
 }}  // namespace fa::sm80
 """
@@ -31,11 +31,13 @@ using Traits = {tile}<{element}, {shape}, {features}>;
 template void {launch}<Traits>(BackwardLaunch const&, cudaStream_t);
 }}  // namespace fa::sm80
 """
-# Traits, their last argument, head dims. Few rows of 96 columns take the kernel of 128.
+# Traits and head dims. Few rows of 96 columns take the kernels of 128.
+FEW_ROWS = "FewRows<{element}, {d}, {features}, Company::"
 FORWARDS = {
-    "few": ("FewRows", ", false", (64, 128, 192, 256)),
-    "crowd": ("FewRows", ", true", (128,)),
-    "many": ("ManyRows", "", HEAD_DIMS),
+    "alone": (FEW_ROWS + "kAlone>", (64, 128, 192, 256)),
+    "few": (FEW_ROWS + "kSome>", (64, 128, 192, 256)),
+    "crowd": (FEW_ROWS + "kCrowd>", (128,)),
+    "many": ("ManyRows<{element}, {d}, {features}>", HEAD_DIMS),
 }
 # Name, traits, shape and launch. Head dims up to 128 walk once, by 128 keys, or by 64 where shared
 # memory is short; wider ones twice.
@@ -52,13 +54,10 @@ def files() -> dict[str, str]:
     wanted = {}
     for dtype, d, rows, features in itertools.product(ELEMENTS, HEAD_DIMS, FORWARDS, (False, True)):
         kind = "features" if features else "plain"
-        traits, behind, head_dims = FORWARDS[rows]
+        traits, head_dims = FORWARDS[rows]
         if d in head_dims:
             wanted[f"sm80_forward_d{d}_{dtype}_{rows}_{kind}.cu"] = FORWARD.format(
-                traits=traits,
-                element=ELEMENTS[dtype],
-                d=d,
-                features=str(features).lower() + behind,
+                traits=traits.format(element=ELEMENTS[dtype], d=d, features=str(features).lower())
             )
     for dtype, backward, features in itertools.product(ELEMENTS, BACKWARDS, (False, True)):
         kind = "features" if features else "plain"

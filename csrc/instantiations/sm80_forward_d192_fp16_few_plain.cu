@@ -2,6 +2,6 @@
 #include "csrc/sm80/forward_launch.cuh"
 
 namespace fa::sm80 {
-using Traits = FewRows<__half, 192, false, false>;
+using Traits = FewRows<__half, 192, false, Company::kSome>;
 template void launch_forward<Traits>(ForwardLaunch const&, cudaStream_t);
 }  // namespace fa::sm80

@@ -6,6 +6,7 @@
 #include "csrc/sm80/backward_launch.h"
 #include "csrc/sm80/backward_queries.cuh"
 #include "csrc/sm80/backward_tile.cuh"
+#include "csrc/sm80/traits.h"
 
 namespace fa::sm80 {
 
@@ -30,9 +31,9 @@ void launch_tiles(void (*kernel)(BackwardLaunch), int shared_bytes, int64_t head
 
 // Heads that are worked on together when `slots` thread blocks run at once. Tiles of one head that
 // run at the same time read the same queries, but each lags behind the one before it, whose part of
-// dQ it waits for. A short walk does not make up for many lags.
+// dQ it waits for. A short walk does not make up for many lags; a long one saves reads.
 inline int heads_a_walk(int64_t slots, int64_t tiles, int64_t heads) {
-  int64_t const at_once = tiles > 8 ? 8 : 4;
+  int64_t const at_once = tiles > 64 ? 12 : tiles > 8 ? 8 : 4;
   int64_t const wanted = (slots + at_once - 1) / at_once;
   return static_cast<int>(wanted < heads ? wanted : heads);
 }
@@ -47,8 +48,7 @@ void launch_key_walk(BackwardLaunch const& given, cudaStream_t stream) {
   if (blocks == 0) return;
   launch.section =
       heads_a_walk(launch.processors.count * Traits::kBlocksAProcessor, launch.tiles, heads);
-  constexpr int kReserved = 1024;  // of the system, for each block
-  bool const fits = Traits::kBlocksAProcessor * (Traits::shared_bytes(2) + kReserved) <=
+  bool const fits = Traits::kBlocksAProcessor * (Traits::shared_bytes(2) + kReservedBytes) <=
                     launch.processors.shared_bytes;
   launch.stages = fits ? 2 : 1;
   int const bytes = Traits::shared_bytes(launch.stages);

@@ -18,10 +18,13 @@ constexpr int64_t head_dim_bucket(int64_t d) {
   return d <= 64 ? 64 : d <= 96 ? 96 : d <= 128 ? 128 : d <= 192 ? 192 : 256;
 }
 
+// How many thread blocks of few rows share a multiprocessor.
+enum class Company { kAlone, kSome, kCrowd };
+
 // How a forward pass is cut. In deterministic mode nothing here can change a bit.
 struct ForwardPlan {
-  bool few_rows = false;     // a tile has at most sixteen
-  bool crowd = false;        // of few rows there are more thread blocks than places
+  bool few_rows = false;  // a tile has at most sixteen
+  Company company = Company::kSome;
   int64_t tile_rows = 0;     //
   int64_t tiles = 0;         // query tiles of the longest sequence
   int64_t num_segments = 0;  // of the longest sequence

@@ -2,6 +2,8 @@
 //
 // The kernel is chosen from dtype, head dim and features; how many warps share a tile, and where
 // segments run, from the shape: neither of the latter can change a bit.
+#include <algorithm>
+
 #include "csrc/cuda/errors.cuh"
 #include "csrc/sm80/addresses.h"
 #include "csrc/sm80/fold.h"
@@ -21,15 +23,30 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 using Launch = void (*)(ForwardLaunch const&, cudaStream_t);
 
+// Crowds gain from small spans at one head dim only.
+constexpr bool has_kernels(int d, Company company) {
+  return company != Company::kCrowd || d == 128;
+}
+
+template <class Element, int kD, bool kFeatures, Company kCompany>
+Launch few_rows_in() {
+  // Few rows of 96 columns would not divide among four warps.
+  constexpr int kFewD = kD == 96 ? 128 : kD;
+  constexpr Company kThere = has_kernels(kFewD, kCompany) ? kCompany : Company::kSome;
+  return launch_forward<FewRows<Element, kFewD, kFeatures, kThere>>;
+}
+
 template <class Element, int kD, bool kFeatures>
 Launch with_rows(ForwardPlan const& plan) {
   if (!plan.few_rows) return launch_forward<ManyRows<Element, kD, kFeatures>>;
-  // Few rows of 96 columns would not divide among four warps.
-  constexpr int kFewD = kD == 96 ? 128 : kD;
-  if constexpr (crowd_has_kernels(kFewD)) {
-    if (plan.crowd) return launch_forward<FewRows<Element, kFewD, kFeatures, true>>;
+  switch (plan.company) {
+    case Company::kAlone:
+      return few_rows_in<Element, kD, kFeatures, Company::kAlone>();
+    case Company::kCrowd:
+      return few_rows_in<Element, kD, kFeatures, Company::kCrowd>();
+    default:
+      return few_rows_in<Element, kD, kFeatures, Company::kSome>();
   }
-  return launch_forward<FewRows<Element, kFewD, kFeatures, false>>;
 }
 
 template <class Element, int kD>
@@ -65,6 +82,23 @@ bool pieces_are_even(ForwardPlan const& plan) {
   Segmentation const& cut = plan.segmentation;
   int64_t const last = plan.num_segments;
   return cut.begin(last) - cut.begin(last - 1) == cut.begin(1);
+}
+
+// How many thread blocks of few rows share a multiprocessor.
+Company company_of(ForwardPlan const& plan, LayoutParams const& layout, int64_t places,
+                   Processors const& processors) {
+  if (plan.work > places && pieces_are_even(plan)) return Company::kCrowd;
+  Segmentation const& cut = plan.segmentation;
+  auto const begin = [&](int64_t piece) {
+    return std::min(cut.begin(plan.num_segments * piece / plan.pieces), layout.s_k);
+  };
+  int64_t const last = plan.pieces - 1, before = last > 0 ? last - 1 : 0;
+  int64_t const longest = std::max(layout.s_k - begin(last), begin(last) - begin(before));
+  // One piece with more keys than a multiprocessor's share decides how long all of them take.
+  int64_t const all = plan.tiles * layout.h_kv * layout.b * layout.s_k;
+  bool const has_room = few_shared_bytes(static_cast<int>(head_dim_bucket(layout.d)),
+                                         Company::kAlone) <= processors.most_shared_bytes;
+  return has_room && longest * processors.count >= all ? Company::kAlone : Company::kSome;
 }
 
 // For a call without a tile.
@@ -124,7 +158,7 @@ ForwardPlan plan_forward(ForwardParams const& params, Processors const& processo
   int64_t const partial_floats = plan.num_segments * partial_rows(layout) * (layout.d + 2);
   plan.pieces = pieces < 1 || partial_floats > kMaxPartialFloats ? 1 : pieces;
   plan.work = plan.blocks = tiles * plan.pieces;
-  plan.crowd = plan.few_rows && plan.work > places && pieces_are_even(plan);
+  if (plan.few_rows) plan.company = company_of(plan, layout, places, processors);
   // Pieces share no keys, and late ones, which are longer, go first among all heads.
   int64_t const bytes = plan.pieces > 1 ? 0 : 4 * layout.s_k * bucket;
   plan.section = heads_a_section(bytes, layout.h_kv * layout.b);

@@ -28,11 +28,13 @@ struct FewRowsTile : ForwardTile<Traits> {
   static constexpr int kWarpKeys = Traits::kWarpKeys, kBlocks = Traits::kBlocks;
   static constexpr int kWarpsOfBlock = kWarpsABlock / kBlocks;
   static constexpr int kGroups = kD / 8 / kWarpsABlock;  // of eight columns, two of each sixteen
+  static constexpr int kStages = Traits::kStages, kStageBytes = 2 * Traits::kLoadBytes;
+  static constexpr int kUnderWay = 2 * kStages - 1;  // copies that come after those waited for
   using Scores = Product<1, kWarpKeys / 8>;
   using Columns = Product<1, kGroups>;
 
   FewRowsShared<Traits>& shared;
-  uint32_t const q, k, v, p;  // tiles (kRows, kD), (kSpan, kD), (kSpan, kD), (kRows, kSpan)
+  uint32_t const q, k, v, p;  // tiles (kRows, kD), (kSpan, kD), (kSpan, kD) a stage, (kRows, kSpan)
 
   // Of rows lane / 4 and + 8: this segment, and what was before it. Maxima and sums are the same in
   // all warps.
@@ -48,7 +50,9 @@ struct FewRowsTile : ForwardTile<Traits> {
         q(shared_address(memory)),
         k(q + Traits::kQueryBytes),
         v(k + Traits::kLoadBytes),
-        p(v + Traits::kLoadBytes) {}
+        p(k + kStages * kStageBytes) {
+    static_assert(Traits::kTileBytes + sizeof(FewRowsShared<Traits>) <= Traits::kSharedBytes);
+  }
 
   __device__ void run() {
     this->find_place(static_cast<int>(blockIdx.x));
@@ -81,21 +85,28 @@ struct FewRowsTile : ForwardTile<Traits> {
             q, 0, this->row_address(call.q, lane), nullptr, static_cast<int>(call.layout.d),
             launch.aligned, lane);
       }
-      place.keys.load(k, begin, warp, lane);
-      commit_copies();
-      place.values.load(v, begin, warp, lane);
-      commit_copies();
-      wait_copies<1>();
-      __syncthreads();  // the queries are there
+#pragma unroll
+      for (int stage = 0; stage < kStages; ++stage) {
+        int const span = begin + stage * kSpan;
+        if (span < end) place.keys.load(k + stage * kStageBytes, span, warp, lane);
+        commit_copies();
+        if (span < end) place.values.load(v + stage * kStageBytes, span, warp, lane);
+        commit_copies();
+      }
+      wait_copies<kUnderWay>();
+      __syncthreads();      // the queries are there
+      int stage_bytes = 0;  // before this span's stage
 #pragma unroll 1
       for (int span = begin; span < end; span += kSpan) {  // ascending
-        int const next = span + kSpan;
-        wait_copies<1>();
+        int const next = span + kSpan, later = span + kStages * kSpan;
+        uint32_t const k_now = k + stage_bytes, v_now = v + stage_bytes;
+        stage_bytes = kStages == 2 ? kStageBytes - stage_bytes : 0;
+        wait_copies<kUnderWay>();
         __syncwarp();  // the keys that this warp has brought are there: they are those it takes
         Scores s_or_p;
-        multiply_rows<Element, kD>(s_or_p, q, 0, k, warp * kWarpKeys, lane);
+        multiply_rows<Element, kD>(s_or_p, q, 0, k_now, warp * kWarpKeys, lane);
         __syncwarp();  // nobody reads them any more
-        if (next < end) place.keys.load(k, next, warp, lane);
+        if (later < end) place.keys.load(k_now, later, warp, lane);
         commit_copies();
         int const first_key = span + warp * kWarpKeys + lane % 4 * 2;
         if (Traits::kFeatures || span < last_begin || next > first_end)
@@ -111,11 +122,11 @@ struct FewRowsTile : ForwardTile<Traits> {
         if (Traits::kFeatures && launch.scale.drops)
           drop(s_or_p, place.rows, first_key, launch.scale.keep, dropout_key, place.batch, lane);
         put_probabilities(s_or_p);
-        wait_copies<1>();
+        wait_copies<kUnderWay>();
         __syncthreads();  // the probabilities and their sums are there, and the values
-        add_values(rescale);
+        add_values(rescale, v_now);
         __syncthreads();  // nobody reads the values any more
-        if (next < end) place.values.load(v, next, warp, lane);
+        if (later < end) place.values.load(v_now, later, warp, lane);
         commit_copies();
         if (next >= segment_end || next >= end) {
           close(segment);
@@ -164,9 +175,9 @@ struct FewRowsTile : ForwardTile<Traits> {
   }
 
   // l = l a + sum(p), o = o a + p v, block after block; of o this warp's columns.
-  __device__ __forceinline__ void add_values(float const (&rescale)[kBlocks][2]) {
+  __device__ __forceinline__ void add_values(float const (&rescale)[kBlocks][2], uint32_t v_now) {
     auto const p_at = cursor_a<kSpan>(p, 0, lane);
-    auto const v_at = cursor_b_transposed<kD>(v, 0, lane, 2 * warp);
+    auto const v_at = cursor_b_transposed<kD>(v_now, 0, lane, 2 * warp);
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
 #pragma unroll

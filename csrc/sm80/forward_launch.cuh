@@ -23,12 +23,7 @@ template <class Traits>
 void launch_forward(ForwardLaunch const& launch, cudaStream_t stream) {
   auto const kernel = forward_kernel<Traits>;
   constexpr int kDefaultBytes = 48 * 1024;
-  int bytes = 0;
-  if constexpr (Traits::kFewRows) {
-    bytes = Traits::kTileBytes + static_cast<int>(sizeof(FewRowsShared<Traits>));
-  } else {
-    bytes = Traits::kSharedBytes + launch.plan.fold_shared * Traits::kThreads * 16;
-  }
+  int const bytes = Traits::kSharedBytes + launch.plan.fold_shared * Traits::kThreads * 16;
   if (bytes > kDefaultBytes) {
     fa::cuda::check(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
