@@ -34,7 +34,7 @@ def _reference_time(kind: str) -> Case:
 
 
 # One new token a sequence against its cache; four query heads read one key head.
-DECODE_LENGTHS = ((1, 8192), (1, 32768), (1, 131072), (8, 8192), (64, 8192), (128, 2048))
+DECODE_LENGTHS = ((1, 1024), (1, 8192), (1, 32768), (1, 131072), (8, 8192), (64, 8192), (128, 2048))
 
 TIMED = {
     "prefill": [*_papers("prefill", (64, 128, 256)), _reference_time("prefill")],
