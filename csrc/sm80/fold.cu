@@ -23,9 +23,9 @@ __global__ __launch_bounds__(kMaxThreads) void fold_kernel(
   int const lane = threadIdx.x % 32, column = static_cast<int>(threadIdx.x);
   int const d = static_cast<int>(call.layout.d), h_q = static_cast<int>(call.layout.h_q);
   int const s_q = static_cast<int>(call.layout.s_q), index = static_cast<int>(blockIdx.x);
+  // Pieces run side by side where tiles are few: 32 bits count their rows.
   int const head = index % h_q, query = index / h_q % s_q, batch = index / h_q / s_q;
   Sequence const sequence = sequence_of(call.layout, batch);
-  if (query >= sequence.s_q) return;
   int64_t const row = sequence.lse_base + head * call.layout.lse_head_stride + query;
 
   Segmentation const segmentation = launch.plan.segmentation;
@@ -37,7 +37,9 @@ __global__ __launch_bounds__(kMaxThreads) void fold_kernel(
   int const end = sees ? static_cast<int>(segmentation.of(seen.end - 1)) + 1 : 0;
 
   float o = 0.0f, l = 0.0f, m = -INFINITY;
+  // Also where there is nothing to fold: a grid in which nobody waits may end before the pieces do.
   wait_for_leader();
+  if (query >= sequence.s_q) return;
   for (int begin = first; begin < end; begin += kAtOnce) {
     int const count = min(end - begin, kAtOnce);
     int64_t const mine = (begin + lane) * partials.rows + row;  // a reference and a sum a lane
