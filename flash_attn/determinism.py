@@ -11,6 +11,9 @@ in this order,
 It is read when an op runs. A call's own ``deterministic=True`` turns it on for that call. Inside a
 compiled function ``set_deterministic`` and ``deterministic()`` break the graph, and
 ``fullgraph=True`` refuses them: call them outside.
+
+A thread starts outside every block, and a task inside those of the code that starts it. A generator
+that yields inside a block leaves its consumer inside that block until the generator is closed.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +39,43 @@ ENVIRONMENT_VARIABLE = "FLASH_ATTENTION_DETERMINISTIC"
 _FOLD_SLACK = 8.0  # kFoldSlack of csrc/core/contract.h
 
 _process_default: bool | None = None
-_override: ContextVar[bool | None] = ContextVar("flash_attn_deterministic", default=None)
+
+
+class _Block:
+    """One ``with deterministic()``; a class of its own, for two of them are never the same."""
+
+    __slots__ = ("enabled", "is_over")
+
+    def __init__(self, enabled: bool) -> None:
+        self.enabled = enabled
+        self.is_over = False  # closed by a context that is not the one that opened it
+
+
+# What this thread or task is inside, outermost first. A tuple: a task shares it with its parent.
+_inside: ContextVar[tuple[_Block, ...]] = ContextVar("flash_attn_deterministic", default=())
+
+
+def _open_blocks() -> tuple[_Block, ...]:
+    """Those that this thread or task is inside, without what another context has closed."""
+    return tuple(block for block in _inside.get() if not block.is_over)
+
+
+class _Mode:
+    """The mode in force here and now: the truth of its one instance."""
+
+    def __bool__(self) -> bool:
+        open_here = _open_blocks()
+        if open_here:
+            return open_here[-1].enabled
+        if torch.are_deterministic_algorithms_enabled():
+            return True
+        if _process_default is not None:
+            return _process_default
+        value = os.environ.get(ENVIRONMENT_VARIABLE, "0")
+        return value.strip().lower() in ("1", "true", "on", "yes")
+
+
+_mode = _Mode()
 
 
 def set_deterministic(enabled: bool) -> None:
@@ -51,24 +90,28 @@ def set_deterministic(enabled: bool) -> None:
 
 def is_deterministic() -> bool:
     """Whether a call made here and now, by this thread, would be deterministic."""
-    override = _override.get()
-    if override is not None:
-        return override
-    if torch.are_deterministic_algorithms_enabled():
-        return True
-    if _process_default is not None:
-        return _process_default
-    return os.environ.get(ENVIRONMENT_VARIABLE, "0").strip().lower() in ("1", "true", "on", "yes")
+    return bool(_mode)
 
 
 @contextmanager
 def deterministic(enabled: bool = True) -> Iterator[None]:
     """Determinism on (or off) inside the block, for this thread or asyncio task only."""
-    token = _override.set(bool(enabled))
+    block = _Block(bool(enabled))
+    token = _inside.set((*_open_blocks(), block))
     try:
         yield
     finally:
-        _override.reset(token)
+        _close(block, token)
+
+
+def _close(block: _Block, token: Token[tuple[_Block, ...]]) -> None:
+    """Closes a block in any order, in any context: a generator's may be closed by another task."""
+    remaining = tuple(other for other in _open_blocks() if other is not block)
+    try:
+        _inside.reset(token)  # for what it refuses; blocks opened since then must stay
+    except ValueError:  # another context opened the block, and what that holds cannot be changed
+        block.is_over = True
+    _inside.set(remaining)
 
 
 @dataclass(frozen=True)
