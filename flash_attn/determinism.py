@@ -4,9 +4,12 @@ In deterministic mode a row's bits depend on nothing but the row: SOLUTION.md sa
 in this order,
 
 1. what the innermost ``with deterministic():`` of this thread or task says;
-2. on, when ``torch.use_deterministic_algorithms(True)`` is in force;
-3. what ``set_deterministic`` was last told, in any thread of this process;
-4. on, when the environment variable FLASH_ATTENTION_DETERMINISTIC is 1.
+2. on, in a thread that runs a backward graph, while any thread or task of the process is inside a
+   ``with deterministic():``. Autograd computes on threads of its own, and what is recomputed there
+   belongs to a step that such a block surrounds; ``deterministic(False)`` does not reach them;
+3. on, when ``torch.use_deterministic_algorithms(True)`` is in force;
+4. what ``set_deterministic`` was last told, in any thread of this process;
+5. on, when the environment variable FLASH_ATTENTION_DETERMINISTIC is 1.
 
 It is read when an op runs. A call's own ``deterministic=True`` turns it on for that call. Inside a
 compiled function ``set_deterministic`` and ``deterministic()`` break the graph, and
@@ -54,6 +57,11 @@ class _Block:
 # What this thread or task is inside, outermost first. A tuple: a task shares it with its parent.
 _inside: ContextVar[tuple[_Block, ...]] = ContextVar("flash_attn_deterministic", default=())
 
+# The open blocks of all threads that turn the mode on. A set and no counter under a lock: a garbage
+# collection may close a generator's block at any instruction, also of the thread that holds the
+# lock, while adding to a set and discarding from it are one step each.
+_enabling: set[_Block] = set()
+
 
 def _open_blocks() -> tuple[_Block, ...]:
     """Those that this thread or task is inside, without what another context has closed."""
@@ -67,6 +75,11 @@ class _Mode:
         open_here = _open_blocks()
         if open_here:
             return open_here[-1].enabled
+        # The graph task is the backward pass that this thread works for: the thread that called
+        # backward(), or a device's thread of the engine, which no context variable reaches. -1: it
+        # works for none. Threads that a backward function starts by itself work for none either.
+        if _enabling and torch._C._current_graph_task_id() != -1:
+            return True
         if torch.are_deterministic_algorithms_enabled():
             return True
         if _process_default is not None:
@@ -95,10 +108,15 @@ def is_deterministic() -> bool:
 
 @contextmanager
 def deterministic(enabled: bool = True) -> Iterator[None]:
-    """Determinism on (or off) inside the block, for this thread or asyncio task only."""
+    """Determinism on (or off) inside the block, for this thread or asyncio task only.
+
+    Backward passes that autograd runs on its own threads meanwhile are inside it as well.
+    """
     block = _Block(bool(enabled))
     token = _inside.set((*_open_blocks(), block))
     try:
+        if block.enabled:
+            _enabling.add(block)
         yield
     finally:
         _close(block, token)
@@ -106,6 +124,7 @@ def deterministic(enabled: bool = True) -> Iterator[None]:
 
 def _close(block: _Block, token: Token[tuple[_Block, ...]]) -> None:
     """Closes a block in any order, in any context: a generator's may be closed by another task."""
+    _enabling.discard(block)
     remaining = tuple(other for other in _open_blocks() if other is not block)
     try:
         _inside.reset(token)  # for what it refuses; blocks opened since then must stay

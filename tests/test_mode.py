@@ -1,4 +1,4 @@
-"""Where ``deterministic()`` reaches: tasks, threads, generators, any order.
+"""Where ``deterministic()`` reaches: the threads of a backward pass, tasks, generators, any order.
 
 What it does to bytes, and to compiled code: test_compile.py.
 """
@@ -11,15 +11,27 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
+import torch
+from device import DEVICE, FINEST, ON_GPU
+from torch.utils.checkpoint import checkpoint
 
 import flash_attn
-from flash_attn import determinism, deterministic, is_deterministic
+from flash_attn import determinism, deterministic, flash_attn_func, is_deterministic
+from flash_attn.testing import assert_bitwise_equal, bitwise_equal, random_normal
+
+# Few queries and many keys: what standard mode cuts, so that the two modes differ in bytes.
+QUERIES, KEYS = 1, 3000
+
+both_checkpoints = pytest.mark.parametrize(
+    "use_reentrant", [True, False], ids=["reentrant", "not reentrant"]
+)
 
 
 @pytest.fixture(autouse=True)
 def no_block_is_open():
     flash_attn.set_deterministic(False)
     yield
+    assert not determinism._enabling, "a block is still open"
     assert not is_deterministic()
 
 
@@ -38,6 +50,161 @@ def in_a_thread(function: Callable[[], object]) -> None:
     thread.join()
     if failures:
         raise failures[0]
+
+
+# ---- Threads that run a backward graph -----------------------------------------------------------
+
+
+class Step:
+    """A training step of b=8: its forward pass, then its gradients."""
+
+    def __init__(self) -> None:
+        heads = 4 if ON_GPU else 1
+        shapes = ((8, s, heads, 64) for s in (QUERIES, KEYS, KEYS))
+        self.inputs = [
+            random_normal(shape, seed=i, dtype=FINEST, device=DEVICE).requires_grad_()
+            for i, shape in enumerate(shapes)
+        ]
+
+    def forward(self, use_reentrant: bool | None) -> torch.Tensor:
+        """None: without checkpointing."""
+        if use_reentrant is None:
+            return flash_attn_func(*self.inputs)
+        return checkpoint(flash_attn_func, *self.inputs, use_reentrant=use_reentrant)
+
+    def backward(self, out: torch.Tensor) -> list[torch.Tensor]:
+        out.backward(random_normal(out.shape, seed=9, dtype=FINEST, device=DEVICE))
+        gradients = [x.grad for x in self.inputs]
+        for x in self.inputs:
+            x.grad = None
+        return gradients
+
+    def run(self, use_reentrant: bool | None) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        out = self.forward(use_reentrant)
+        return out, self.backward(out)
+
+
+@both_checkpoints
+def test_a_recomputation_on_another_thread_is_inside_the_block_of_its_step(use_reentrant):
+    """On the CPU the caller of backward() runs the graph; on a GPU a thread of autograd's."""
+    step = Step()
+    with deterministic():
+        expected_out, expected = step.run(None)
+        out = step.forward(use_reentrant)
+        assert_bitwise_equal(out, expected_out)
+        gradients: list[torch.Tensor] = []
+        in_a_thread(lambda: gradients.extend(step.backward(out)))
+        again = step.forward(use_reentrant)
+    for gradient, wanted in zip(gradients, expected, strict=True):
+        assert_bitwise_equal(gradient, wanted)
+
+    in_a_thread(lambda: gradients.extend(step.backward(again)))  # the block is closed
+    control = gradients[len(expected) :]
+    assert not all(map(bitwise_equal, control, expected)), "the two modes must differ here"
+
+
+@pytest.mark.gpu
+@both_checkpoints
+def test_a_checkpointed_step_on_a_gpu_is_the_step_without(use_reentrant):
+    """Autograd recomputes on the thread of the device, in whatever way the step asks for it."""
+    step = Step()
+    with deterministic():
+        expected_out, expected = step.run(None)
+        out, gradients = step.run(use_reentrant)
+    assert_bitwise_equal(out, expected_out)
+    for gradient, wanted in zip(gradients, expected, strict=True):
+        assert_bitwise_equal(gradient, wanted)
+
+
+def mode_of_a_backward() -> bool:
+    """What a hook of a graph that this thread runs finds."""
+    seen: list[bool] = []
+    x = torch.ones(1, device="cpu", requires_grad=True)
+    x.register_hook(lambda _: seen.append(is_deterministic()))
+    (2 * x).backward()
+    return seen[0]
+
+
+def test_only_threads_that_run_a_backward_graph_are_reached():
+    def other_thread() -> None:
+        assert not is_deterministic()
+        assert mode_of_a_backward()
+        assert not is_deterministic()
+
+    with deterministic():
+        in_a_thread(other_thread)
+    in_a_thread(lambda: pytest.fail("still on") if mode_of_a_backward() else None)
+
+
+def test_a_failed_backward_leaves_its_thread_as_it_was():
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dout):
+            raise KeyError("boom")
+
+    def other_thread() -> None:
+        with pytest.raises(KeyError, match="boom"):
+            Fails.apply(torch.ones(1, device="cpu", requires_grad=True)).backward()
+        assert not is_deterministic()
+
+    with deterministic():
+        in_a_thread(other_thread)
+
+
+def test_a_block_of_the_backward_thread_itself_comes_first():
+    def other_thread() -> None:
+        with deterministic(False):
+            assert not mode_of_a_backward()
+        assert mode_of_a_backward()
+
+    with deterministic():
+        in_a_thread(other_thread)
+
+
+def test_only_blocks_that_turn_the_mode_on_reach_a_backward_thread():
+    def expect(mode: bool) -> Callable[[], None]:
+        def other_thread() -> None:
+            assert mode_of_a_backward() is mode
+
+        return other_thread
+
+    with deterministic(False):
+        in_a_thread(expect(False))
+        with deterministic():
+            in_a_thread(expect(True))
+        in_a_thread(expect(False))
+    with deterministic():
+        with deterministic(), deterministic(False):
+            in_a_thread(expect(True))  # any block that is open, whatever is inside it
+            assert not mode_of_a_backward()  # this thread knows better
+        in_a_thread(expect(True))
+    in_a_thread(expect(False))
+    flash_attn.set_deterministic(True)
+    with deterministic(False):
+        in_a_thread(expect(True))
+    flash_attn.set_deterministic(False)
+
+
+def test_many_threads_open_and_close_at_once():
+    start = threading.Barrier(8)
+
+    def open_and_close() -> None:
+        start.wait(timeout=60)
+        for i in range(500):
+            with deterministic(), deterministic(i % 2 == 0):
+                assert is_deterministic() is (i % 2 == 0)
+            assert not is_deterministic()
+
+    threads = [threading.Thread(target=open_and_close) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not determinism._enabling
 
 
 # ---- Closing, in any order and by anybody --------------------------------------------------------
