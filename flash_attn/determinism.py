@@ -12,8 +12,9 @@ in this order,
 5. on, when the environment variable FLASH_ATTENTION_DETERMINISTIC is 1.
 
 It is read when an op runs. A call's own ``deterministic=True`` turns it on for that call. Inside a
-compiled function ``set_deterministic`` and ``deterministic()`` break the graph, and
-``fullgraph=True`` refuses them: call them outside.
+compiled function ``is_deterministic()`` is guarded: the function is compiled once for each answer.
+``set_deterministic`` and ``deterministic()`` break the graph there, and ``fullgraph=True`` refuses
+them: call them outside.
 
 A thread starts outside every block, and a task inside those of the code that starts it. A generator
 that yields inside a block leaves its consumer inside that block until the generator is closed.
@@ -21,6 +22,7 @@ that yields inside a block leaves its consumer inside that block until the gener
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -87,6 +89,10 @@ class _Mode:
         value = os.environ.get(ENVIRONMENT_VARIABLE, "0")
         return value.strip().lower() in ("1", "true", "on", "yes")
 
+    # PyTorch's compiler does not trace a property whose getter is a builtin function: it reads the
+    # value, and a guard reads it again before each call of what it compiled with that value.
+    in_force = property(operator.truth)
+
 
 _mode = _Mode()
 
@@ -103,7 +109,7 @@ def set_deterministic(enabled: bool) -> None:
 
 def is_deterministic() -> bool:
     """Whether a call made here and now, by this thread, would be deterministic."""
-    return bool(_mode)
+    return bool(_mode.in_force)
 
 
 @contextmanager

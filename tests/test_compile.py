@@ -1,6 +1,7 @@
 """torch.compile changes no byte of attention; the mode is read when an op runs, by its thread."""
 
 import asyncio
+import contextlib
 import os
 import shutil
 import threading
@@ -11,6 +12,7 @@ from device import DEVICE, FINEST, ON_GPU
 
 import flash_attn
 from flash_attn import (
+    determinism,
     flash_attn_func,
     flash_attn_varlen_func,
     flash_attn_with_kvcache,
@@ -289,6 +291,97 @@ def test_a_compiled_checkpoint_recomputes_under_the_same_mask(backend):
     weighted, expected = ((x.double() * y.double()).sum() for x, y in ((dout, out), (dv, v)))
     rounding = torch.finfo(FINEST).eps * out.numel() ** 0.5  # of as many terms; they are below one
     torch.testing.assert_close(weighted, expected, rtol=1e-4, atol=max(1e-3, 2 * rounding))
+
+
+@backends
+def test_compiled_code_may_ask_for_the_mode(backend):
+    """It is compiled once for each answer, and each call gets the code of the mode in force."""
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if flash_attn.is_deterministic() else x - 1
+
+    x = torch.zeros(1, device=DEVICE)
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
+
+    def expect(mode: bool) -> None:
+        assert compiled(x).item() == (1 if mode else -1)
+
+    for _ in range(3):
+        for mode in (False, True):
+            flash_attn.set_deterministic(mode)
+            expect(mode)
+            with flash_attn.deterministic(not mode):
+                expect(not mode)
+                with flash_attn.deterministic(mode):
+                    expect(mode)
+            expect(mode)
+    flash_attn.set_deterministic(False)
+    expect(False)
+    torch.use_deterministic_algorithms(True)
+    expect(True)
+    torch.use_deterministic_algorithms(False)
+    expect(False)
+
+
+def test_compiled_code_asks_the_thread_that_calls_it():
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if flash_attn.is_deterministic() else x - 1
+
+    x = torch.zeros(1, device=DEVICE)
+    compiled = torch.compile(function, fullgraph=True, backend="eager")
+    flash_attn.set_deterministic(False)
+    seen = []
+    with flash_attn.deterministic():
+        assert compiled(x).item() == 1
+        thread = threading.Thread(target=lambda: seen.append(compiled(x).item()))
+        thread.start()
+        thread.join()
+        assert compiled(x).item() == 1
+    assert seen == [-1]
+
+
+def test_asking_for_the_mode_costs_compiled_code_two_versions_at_most(monkeypatch):
+    monkeypatch.delenv(determinism.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setattr(determinism, "_process_default", None)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    class Model(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + 1 if flash_attn.is_deterministic() else x - 1
+
+    x = torch.zeros(1, device=DEVICE)
+    compiled = torch.compile(Model(), fullgraph=True, backend=backend)
+    for depth in range(6):
+        with contextlib.ExitStack() as stack:
+            for level in range(depth):
+                stack.enter_context(flash_attn.deterministic(level % 2 == 0))
+            assert compiled(x).item() == (1 if depth % 2 else -1)
+        monkeypatch.setenv(determinism.ENVIRONMENT_VARIABLE, str(depth % 2))
+        assert compiled(x).item() == (1 if depth % 2 else -1)
+        monkeypatch.delenv(determinism.ENVIRONMENT_VARIABLE)
+    assert len(graphs) == 2
+
+
+def test_a_block_inside_compiled_code_breaks_the_graph():
+    q, k, v = decode_inputs()
+
+    def function(q, k, v):
+        with flash_attn.deterministic():
+            inside = decode(q, k, v)
+        return inside, decode(q, k, v)
+
+    expected = decode_in_both_modes()
+    flash_attn.set_deterministic(False)
+    compiled = torch.compile(function, backend="aot_eager")
+    for _ in range(2):
+        inside, after = compiled(q, k, v)
+        assert_bitwise_equal(inside, expected[True])
+        assert_bitwise_equal(after, expected[False])
+    assert not flash_attn.is_deterministic()
 
 
 def test_setting_the_mode_inside_compiled_code_breaks_the_graph():
