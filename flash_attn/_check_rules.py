@@ -383,7 +383,7 @@ def at_most(name: str, values: Tensor, limits: Tensor | int, rule: str) -> None:
     bad = (values < 0) | (values > limits)
     if bool(bad.any()):
         i = int(bad.nonzero()[0])
-        limit = int(torch.as_tensor(limits).expand(values.shape)[i])
+        limit = int(torch.as_tensor(limits, device="cpu").expand(values.shape)[i])
         received = f"{name}[{i}] = {int(values[i])} where sequence {i} has {limit} keys"
         refuse(f"{name} is out of range", received, rule)
 
@@ -416,7 +416,7 @@ def cache_lengths(cache_seqlens: Tensor | int, s_new: int, capacity: int, home: 
     smallest, longest = extremes(cache_seqlens)
     if smallest >= 0 and longest + s_new <= capacity:
         return longest
-    values = torch.as_tensor(cache_seqlens).reshape(-1)
+    values = torch.as_tensor(cache_seqlens, device="cpu").reshape(-1)
     i = int(((values < 0) | (values > capacity - s_new)).nonzero()[0])
     what = f"cache_seqlens exceeds the capacity of {home}"
     if int(values[i]) < 0:
@@ -434,8 +434,9 @@ def pages(table: Tensor, num_blocks: int, page_size: int, keys: Tensor | int) ->
     smallest, largest = extremes(table)
     if smallest >= 0 and largest < num_blocks:
         return
-    used_blocks = (torch.as_tensor(keys).reshape(-1, 1) + (page_size - 1)) // page_size
-    used = torch.arange(table.shape[1]) < used_blocks  # (b or 1, max_blocks)
+    keys = torch.as_tensor(keys, device="cpu")
+    used_blocks = (keys.reshape(-1, 1) + (page_size - 1)) // page_size
+    used = torch.arange(table.shape[1], device="cpu") < used_blocks  # (b or 1, max_blocks)
     bad = used & ((table < 0) | (table >= num_blocks))
     if bool(bad.any()):
         i, j = bad.nonzero()[0].tolist()

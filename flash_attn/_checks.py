@@ -285,7 +285,8 @@ def _is_deterministic() -> bool:
 
 def _append_places(block_table: Tensor, starts: Tensor | int, s_new: int, page_size: int) -> Tensor:
     """Cache rows, counted through all pages, that the new keys go to: (b * s_new,)."""
-    positions = torch.as_tensor(starts, dtype=torch.int64).reshape(-1, 1) + torch.arange(s_new)
+    first = torch.as_tensor(starts, dtype=torch.int64, device="cpu")
+    positions = first.reshape(-1, 1) + torch.arange(s_new, device="cpu")
     positions = positions.expand(block_table.shape[0], s_new)
     pages = block_table.to(torch.int64).gather(1, positions // page_size)
     return (pages * page_size + positions % page_size).flatten()

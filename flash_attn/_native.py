@@ -347,7 +347,7 @@ def plan(
     """The schedule that ``forward`` would choose on ``device`` for tensors of these shapes."""
     s_q, s_k = packing.lengths(q, k)
     b = q.shape[0] if packing.cu_seqlens_q is None else packing.cu_seqlens_q.shape[0] - 1
-    fields = torch.zeros(7, dtype=torch.int64)
+    fields = torch.zeros(7, dtype=torch.int64, device="cpu")
     packing = packing.contiguous()
     _library.plan(
         fields,

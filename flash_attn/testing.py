@@ -50,7 +50,8 @@ def first_mismatch(actual: Tensor, expected: Tensor, label: str = "tensor") -> M
         return None
     differs = (left_bytes != right_bytes).any(dim=1)
     flat_index = int(differs.nonzero()[0])
-    coordinate = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat_index), actual.shape))
+    index = torch.tensor(flat_index, device="cpu")
+    coordinate = tuple(int(i) for i in torch.unravel_index(index, actual.shape))
     return Mismatch(
         label=label,
         coordinate=coordinate,
@@ -87,21 +88,24 @@ def random_normal(
 ) -> Tensor:
     """Standard normal values, drawn on the CPU: one seed gives the same bytes on every device."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(tuple(shape), generator=generator).to(device=device, dtype=dtype)
+    drawn = torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device="cpu")
+    return drawn.to(device=device, dtype=dtype)
 
 
 def ragged_lengths(count: int, longest: int, *, seed: int, shortest: int = 1) -> tuple[int, ...]:
     """`count` lengths in [shortest, longest], shuffled; from two on, both ends occur."""
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(shortest, longest + 1, (count,), generator=generator).tolist()
+    drawn = torch.randint(
+        shortest, longest + 1, (count,), generator=generator, device="cpu"
+    ).tolist()
     drawn[: min(count, 2)] = [longest, shortest][: min(count, 2)]
-    order = torch.randperm(count, generator=generator).tolist()
+    order = torch.randperm(count, generator=generator, device="cpu").tolist()
     return tuple(int(drawn[i]) for i in order)
 
 
 def cumulative_lengths(lengths: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
     """cu_seqlens: int32 (b + 1,), starting with 0."""
-    ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0)
+    ends = torch.tensor([0, *lengths], dtype=torch.int32, device="cpu").cumsum(0)
     return ends.to(device=device, dtype=torch.int32)
 
 
@@ -138,11 +142,14 @@ def page_table(
     """
     pages_needed = [-(-length // page_size) for length in lengths]
     num_pages = sum(pages_needed) + max(spare_pages, 1)
-    order = torch.randperm(num_pages, generator=torch.Generator().manual_seed(seed)).tolist()
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(num_pages, generator=generator, device="cpu").tolist()
     spare = order.pop()
-    table = torch.full((len(lengths), max(1, *pages_needed)), spare, dtype=torch.int32)
+    shape = (len(lengths), max(1, *pages_needed))
+    table = torch.full(shape, spare, dtype=torch.int32, device="cpu")
     for index, count in enumerate(pages_needed):
-        table[index, :count] = torch.tensor([order.pop() for _ in range(count)], dtype=torch.int32)
+        pages = [order.pop() for _ in range(count)]
+        table[index, :count] = torch.tensor(pages, dtype=torch.int32, device="cpu")
     return table.to(device), num_pages
 
 
@@ -171,5 +178,7 @@ def poison_free_memory(device: torch.device | str = "cpu", megabytes: int = 16) 
     lists.
     """
     sizes = [1 << power for power in range(10, 20)] + [megabytes << 20]
-    held = [torch.full((size // 4,), float("nan"), device=device) for size in sizes]
+    held = [
+        torch.full((size // 4,), float("nan"), dtype=torch.float32, device=device) for size in sizes
+    ]
     del held

@@ -92,7 +92,12 @@ def _tensors(shape: Shape, s_q: int, device: str) -> tuple[Tensor, Tensor, Tenso
     dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     generator = torch.Generator().manual_seed(0)
     q, k, v, dout = (
-        torch.randn(shape.b, rows, shape.h, shape.d, generator=generator).to(device, dtype)
+        torch.randn(
+            *(shape.b, rows, shape.h, shape.d),
+            generator=generator,
+            dtype=torch.float32,
+            device="cpu",
+        ).to(device, dtype)
         for rows in (s_q, shape.s, shape.s, s_q)
     )
     return q, k, v, dout

@@ -227,8 +227,9 @@ def cache_forward(
 def _scattered(caches: list[Tensor], fill: float, seed: int) -> tuple[list[Tensor], Tensor]:
     """Move the rows of a cache to random slots of one twice as large, and say where they went."""
     batch = caches[0].shape[0]
-    order = torch.randperm(2 * batch, generator=torch.Generator().manual_seed(seed))[:batch]
-    slots = order.to(caches[0].device)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(2 * batch, generator=generator, device="cpu")
+    slots = order[:batch].to(caches[0].device)
     larger = [cache.new_full((2 * batch, *cache.shape[1:]), fill) for cache in caches]
     for target, source in zip(larger, caches, strict=True):
         target[slots] = source

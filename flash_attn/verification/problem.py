@@ -139,7 +139,7 @@ class Problem:
         if not self.alibi:
             return None
         # The usual geometric ladder of ALiBi, shifted a little from sequence to sequence.
-        heads = torch.arange(1, self.h_q + 1, dtype=torch.float32)
+        heads = torch.arange(1, self.h_q + 1, dtype=torch.float32, device="cpu")
         return torch.exp2(-8.0 * (heads + index / 16) / self.h_q).to(self.device)
 
     @property
