@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from flash_attn import _check_rules as rules
-from flash_attn._check_rules import device as check_device
 from flash_attn._check_rules import generator_is_none as check_generator_is_none
 from flash_attn._check_rules import gradient_refused as refuse_gradient
 from flash_attn._check_rules import integer as check_length
@@ -24,7 +23,6 @@ from flash_attn._check_rules import window as check_window
 __all__ = [
     "check_backward",
     "check_dense",
-    "check_device",
     "check_generator_is_none",
     "check_kvcache",
     "check_length",
@@ -33,6 +31,7 @@ __all__ = [
     "check_packed_only",
     "check_partials",
     "check_same_device",
+    "check_sizes",
     "check_varlen",
     "check_varlen_backward",
     "check_window",
@@ -60,6 +59,30 @@ def check_dense(
     rules.scalars(dropout_p, softmax_scale, softcap, return_softmax)
     _check_dense_qkv(q, k, v, "forward", low_level_head_dim)
     rules.alibi(alibi_slopes, q, q.shape[0])
+
+
+def check_sizes(
+    b: int,
+    s_q: int,
+    s_k: int,
+    h_q: int,
+    h_kv: int,
+    d: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    num_splits: int,
+) -> tuple[Tensor, Tensor]:
+    """What a dense call of these sizes is refused for; returns its q and k, without memory."""
+    check_num_splits(num_splits)
+    rules.device(device)
+    rules.dtype(dtype, device)
+    sizes = {"b": b, "s_q": s_q, "s_k": s_k, "h_q": h_q, "h_kv": h_kv, "d": d}
+    for name, size in sizes.items():  # no tensor has a negative one, so no other rule meets it
+        rules.not_negative(name, size)
+    q = torch.empty((b, s_q, h_q, d), dtype=dtype, device="meta")
+    k = torch.empty((b, s_k, h_kv, d), dtype=dtype, device="meta")
+    rules.sizes(b, q, k, "forward", low_level=False)
+    return q, k
 
 
 def check_backward(

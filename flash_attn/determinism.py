@@ -325,7 +325,7 @@ def explain(
     h_q: int,
     h_kv: int,
     d: int,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     *,
     b: int = 1,
     device: torch.device | str = "cpu",
@@ -335,13 +335,21 @@ def explain(
     """How a dense call of this shape would be computed; ``print`` it.
 
     Args:
+        dtype: None takes float32 on the CPU, and bfloat16 on a GPU.
         deterministic: None takes the mode in force here.
+        num_splits: as in ``flash_attn_with_kvcache``.
+
+    Raises:
+        RuntimeError: where the call itself would raise it, with the same message.
     """
     device = torch.device(device)
-    _checks.check_device(device)
-    mode = is_deterministic() if deterministic is None else deterministic
-    q = torch.empty((b, s_q, h_q, d), dtype=dtype, device="meta")
-    k = torch.empty((b, s_k, h_kv, d), dtype=dtype, device="meta")
+    if dtype is None:
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    sizes = {"b": b, "s_q": s_q, "s_k": s_k, "h_q": h_q, "h_kv": h_kv, "d": d}
+    sizes = {name: _checks.check_length(name, size) for name, size in sizes.items()}
+    num_splits = _checks.check_length("num_splits", num_splits)
+    q, k = _checks.check_sizes(**sizes, dtype=dtype, device=device, num_splits=num_splits)
+    mode = is_deterministic() if deterministic is None else bool(deterministic)
     plan = _native.plan(
         q, k, _native.DENSE, device=device, deterministic=mode, num_splits=num_splits
     )

@@ -250,12 +250,12 @@ def check_old_gpu(**arguments: Any) -> None:
     with mock.patch.multiple(
         torch.cuda, is_available=lambda: True, get_device_capability=lambda device: (7, 5)
     ):
-        _checks.check_device(**arguments)
+        _check_rules.device(**arguments)
 
 
 def check_without_gpu(**arguments: Any) -> None:
     with mock.patch.object(torch.cuda, "is_available", lambda: False):
-        _checks.check_device(**arguments)
+        _check_rules.device(**arguments)
 
 
 META_KV = KV.to("meta")
@@ -268,7 +268,7 @@ DENSE_OPTIONS = {
     "return_softmax": False,
 }
 check_dense = Function("check_dense", _checks.check_dense, dense.arguments | DENSE_OPTIONS)
-check_device = Function("check_device", check_without_gpu, {"wanted": torch.device("cpu")})
+check_device = Function("device", check_without_gpu, {"wanted": torch.device("cpu")})
 old_gpu = Function("old_gpu", check_old_gpu, {"wanted": torch.device("cuda:1")})
 page = Function("page", _check_rules.page, {"size": 256, "on": torch.device("cuda")})
 dtype = Function("dtype", _check_rules.dtype, {"wanted": torch.half, "on": torch.device("cuda")})
