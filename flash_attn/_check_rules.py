@@ -29,8 +29,8 @@ MAX_NUM_SPLITS = 128
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def refuse(what: str, received: str, rule: str) -> NoReturn:
-    raise RuntimeError(f"flash_attn: {what}; received {received}; rule: {rule}")
+def refuse(what: str, received: str, rule: str, error: type[Exception] = RuntimeError) -> NoReturn:
+    raise error(f"flash_attn: {what}; received {received}; rule: {rule}")
 
 
 # ---- Scalars -------------------------------------------------------------------------------------

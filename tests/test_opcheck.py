@@ -130,12 +130,20 @@ def rotary_cases() -> dict[str, tuple[str, tuple[object, ...]]]:
     cos, sin = normal((S_K, 4), seed=5), normal((S_K, 4), seed=6)
     x, pack = tensors()[0], tensors(pack=True)[0]
     offsets = int32(3, 0, 1)
+    cu_seqlens, longest = cumulative_lengths(LENGTHS_Q, DEVICE), max(LENGTHS_Q)
     frequencies, scale = torch.rand(2, 4).to(DEVICE)
     return {
-        "rotary": ("_apply_rotary_", (x, cos, sin, 2, None, None, False, False)),
+        "rotary": (
+            "_apply_rotary_",
+            (x, cos, sin, None, None, 2, None, None, 0, None, 0, False, False),
+        ),
+        "rotary, queries and keys": (
+            "_apply_rotary_",
+            (x, cos, sin, sin, cos, 0, offsets[:B], None, 0, 1, 1, False, False),
+        ),
         "rotary, pack": (
             "_apply_rotary_",
-            (pack, cos, sin, 0, offsets, cumulative_lengths(LENGTHS_Q, DEVICE), True, True),
+            (pack, cos, sin, None, None, 0, offsets, cu_seqlens, longest, None, 0, True, True),
         ),
         "rotary, tables": (
             "_rotary_tables",
