@@ -10,7 +10,8 @@ MIN_PYTHON and every torch from TORCH_TARGET on, and building it needs no Python
 Environment: CXX (compiler), MAX_JOBS (parallel compilations). CXXFLAGS is not read: a -ffast-math
 or -march=native from outside would change the bits that this package promises.
 
-The NVIDIA kernels are built when PyTorch is a CUDA build and nvcc is found, or when asked for:
+The NVIDIA kernels are built when PyTorch is a CUDA build and nvcc is found, or when asked for. A
+build says first, on stderr, what it builds, what not, and why; pip shows that with -v.
     FLASH_ATTN_FORCE_CUDA=1          build them whatever PyTorch is; 0: leave them out
     FLASH_ATTN_CUDA_ARCHS="80;90"    for these architectures; default: those of the GPUs that are
                                      visible, or all of CUDA_ARCHS
@@ -25,6 +26,8 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -95,15 +98,52 @@ def cuda_home() -> Path | None:
     return None
 
 
-def wants_cuda() -> bool:
-    asked = os.environ.get("FLASH_ATTN_FORCE_CUDA")
-    if asked in ("0", "1"):
-        if asked == "1" and cuda_home() is None:
-            raise CompileError("FLASH_ATTN_FORCE_CUDA=1 needs nvcc: set CUDA_HOME to its toolkit")
-        return asked == "1"
-    import torch
+def has_nvidia_gpu() -> bool:
+    """Whether its driver is here. PyTorch cannot tell where it is a CPU build."""
+    traces = ("/proc/driver/nvidia/version", "/dev/nvidiactl", shutil.which("nvidia-smi"))
+    return any(trace and Path(trace).exists() for trace in traces)
 
-    return torch.version.cuda is not None and cuda_home() is not None
+
+GET_NVCC = "Install the CUDA toolkit, and put nvcc on PATH or set CUDA_HOME."
+GET_TORCH = (
+    "Install a CUDA build of PyTorch, and build with `pip install --no-build-isolation`, because "
+    "pip builds beside a PyTorch of its own otherwise; or set FLASH_ATTN_FORCE_CUDA=1."
+)
+
+
+def decide_cuda(
+    asked: str, torch_version: str, torch_has_cuda: bool, nvcc: bool, gpu: bool
+) -> tuple[bool, str, str]:
+    """Whether to build the NVIDIA kernels, why, and a cure where few would leave them out."""
+    if asked not in ("", "0", "1"):
+        raise CompileError(f"FLASH_ATTN_FORCE_CUDA is {asked!r}; it can be 0, 1 or unset")
+    if asked == "1" and not nvcc:
+        raise CompileError(f"FLASH_ATTN_FORCE_CUDA=1 needs nvcc. {GET_NVCC}")
+    if asked:
+        return asked == "1", f"FLASH_ATTN_FORCE_CUDA={asked}", ""
+    why = (
+        f"the PyTorch of this build, {torch_version}, is {'a' if torch_has_cuda else 'not a'} CUDA "
+        f"build; nvcc with cuda_runtime.h was {'' if nvcc else 'not '}found; an NVIDIA driver was "
+        f"{'' if gpu else 'not '}found"
+    )
+    cures = [*([] if nvcc else [GET_NVCC]), *([] if torch_has_cuda else [GET_TORCH])]
+    return not cures, why, " ".join(cures) if torch_has_cuda or gpu else ""
+
+
+def plan(sources: list[str], archs: list[str], why: str, cure: str) -> str:
+    """What is built and what not, as people read it; framed where a GPU would stay idle."""
+    isas = ", ".join(filter(None, map(isa_of, sources)))
+    cpu = f"flash_attn: CPU kernels for {platform.machine()}: {isas}"
+    if not cure:
+        targets = ", ".join(f"sm_{arch}" for arch in archs) or "left out"
+        return f"{cpu}\nflash_attn: NVIDIA kernels: {targets} ({why})"
+    said = (
+        "flash_attn is built WITHOUT its NVIDIA kernels: it refuses CUDA tensors.",
+        f"Why: {why}.",
+        f"Cure: {cure} If it is meant so: FLASH_ATTN_FORCE_CUDA=0.",
+    )
+    rows = [f"  {row}" for text in said for row in textwrap.wrap(text, 76, break_on_hyphens=False)]
+    return "\n".join([cpu, "*" * 80, *rows, "*" * 80])
 
 
 def cuda_archs() -> list[str]:
@@ -181,11 +221,21 @@ class NinjaBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         # Imported here, so that asking for metadata or an sdist does not pay for loading torch.
         import ninja
+        import torch
         from torch.utils import cpp_extension
 
-        includes = cpp_extension.include_paths()
-        cuda = cuda_home() if wants_cuda() else None
+        build_cuda, why, cure = decide_cuda(
+            asked=os.environ.get("FLASH_ATTN_FORCE_CUDA", ""),
+            torch_version=torch.__version__,
+            torch_has_cuda=torch.version.cuda is not None,
+            nvcc=cuda_home() is not None,
+            gpu=has_nvidia_gpu(),
+        )
+        cuda = cuda_home() if build_cuda else None
         archs = cuda_archs() if cuda else []
+        print(plan(ext.sources, archs, why, cure), file=sys.stderr, flush=True)
+
+        includes = cpp_extension.include_paths()
         flags = [
             *CXX_FLAGS,
             "-I.",
@@ -281,14 +331,13 @@ class NinjaBuild(build_ext):
             writer.rule("link", "$cxx -shared $in -o $out $links", description="link $out")
             objects = []
             for source in sources:
+                objects.append((OBJECTS / source).with_suffix(".o").as_posix())
                 if source.endswith(".cu"):
-                    objects.append((OBJECTS / source).with_suffix(".o").as_posix())
                     report = f"{objects[-1]}.ptxas"
                     writer.build(objects[-1], "compile_cuda", source, implicit_outputs=report)
                     continue
                 isa = isa_of(source)
                 isa_flags = ISA_FLAGS[isa] if isa else []
-                objects.append((OBJECTS / source).with_suffix(".o").as_posix())
                 writer.build(objects[-1], "compile", source, variables={"isa_flags": isa_flags})
             writer.build(library.as_posix(), "link", objects, variables={"links": links})
             writer.default(library.as_posix())

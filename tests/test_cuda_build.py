@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from setuptools import Distribution, Extension
 from setuptools.errors import CompileError
 
@@ -55,6 +56,71 @@ def test_spills_are_of_sources_that_exist():
     """A name left behind, or mistyped, would allow nothing and say nothing."""
     stems = {Path(source).stem for source in SETTINGS["cuda_sources"]()}
     assert {stem for of_arch in SPILLS["bytes"].values() for stem in of_arch} <= stems
+
+
+CPU_TORCH, CUDA_TORCH = ("2.11.0+cpu", False), ("2.11.0+cu130", True)
+NVCC_MISSING, ISOLATED = "put nvcc on PATH or set CUDA_HOME", "pip install --no-build-isolation"
+# FLASH_ATTN_FORCE_CUDA, PyTorch, nvcc, an NVIDIA driver; whether the NVIDIA kernels are built, and
+# the cures that are named. Without a cure the line is a calm one.
+DECISIONS = {
+    "nothing of NVIDIA's": ("", CPU_TORCH, False, False, False, ()),
+    "nvcc alone": ("", CPU_TORCH, True, False, False, ()),
+    "a GPU and a CPU build": ("", CPU_TORCH, True, True, False, (ISOLATED,)),
+    "a GPU alone": ("", CPU_TORCH, False, True, False, (NVCC_MISSING, ISOLATED)),
+    "a GPU without nvcc": ("", CUDA_TORCH, False, True, False, (NVCC_MISSING,)),
+    "a CUDA build alone": ("", CUDA_TORCH, False, False, False, (NVCC_MISSING,)),
+    "all": ("", CUDA_TORCH, True, True, True, ()),
+    "all but a GPU": ("", CUDA_TORCH, True, False, True, ()),
+    "left out on purpose": ("0", CUDA_TORCH, True, True, False, ()),
+    "asked for": ("1", CPU_TORCH, True, False, True, ()),
+}
+
+
+@pytest.mark.parametrize(
+    "asked, pytorch, nvcc, gpu, built, cures", DECISIONS.values(), ids=DECISIONS
+)
+def test_a_build_says_what_it_leaves_out(asked, pytorch, nvcc, gpu, built, cures):
+    build_cuda, why, cure = SETTINGS["decide_cuda"](asked, *pytorch, nvcc, gpu)
+    assert build_cuda is built
+    assert [named in cure for named in (NVCC_MISSING, ISOLATED)] == [
+        named in cures for named in (NVCC_MISSING, ISOLATED)
+    ]
+    assert (f"FLASH_ATTN_FORCE_CUDA={asked}" if asked else pytorch[0]) in why
+    sources = ["csrc/cpu/isa_avx2.cpp", "csrc/cpu/isa_generic.cpp", "csrc/cpu/plan.cpp"]
+    said = SETTINGS["plan"](sources, ["80", "90"] if built else [], why, cure)
+    first, *rest = said.splitlines()
+    assert first.endswith(": avx2, generic")
+    text = " ".join(line.strip() for line in rest)
+    assert why in text and cure in text
+    if cures:
+        assert rest[0] == rest[-1] == "*" * 80 and max(map(len, rest)) <= 80
+        assert "WITHOUT its NVIDIA kernels" in text and "FLASH_ATTN_FORCE_CUDA=0" in text
+    else:
+        assert len(rest) == 1 and ("sm_80, sm_90" if built else "left out") in text
+
+
+@pytest.mark.parametrize("asked, words", [("1", "needs nvcc"), ("TRUE", "0, 1 or unset")])
+def test_what_cannot_be_built_is_refused(asked, words):
+    with pytest.raises(CompileError, match=words):
+        SETTINGS["decide_cuda"](asked, *CUDA_TORCH, False, True)
+
+
+def test_a_build_speaks_before_it_compiles(tmp_path, monkeypatch, capfd):
+    """On a machine with a GPU and without nvcc, and with a compiler that fails."""
+    monkeypatch.delenv("FLASH_ATTN_FORCE_CUDA", raising=False)
+    monkeypatch.setenv("CXX", "false")
+    settings = build_settings(tmp_path)
+    settings["cuda_home"], settings["has_nvidia_gpu"] = lambda: None, lambda: True
+    (tmp_path / "isa_generic.cpp").touch()
+    extension = Extension("flash_attn._C", ["isa_generic.cpp"], py_limited_api=True)
+    command = settings["NinjaBuild"](Distribution({"ext_modules": [extension]}))
+    command.build_lib = str(tmp_path / "lib")
+    command.ensure_finalized()
+    with pytest.raises(CompileError, match="was not built"):
+        command.build_extension(extension)
+    said = capfd.readouterr().err
+    assert ": generic\n" in said
+    assert "WITHOUT its NVIDIA kernels" in said and torch.__version__ in said
 
 
 @needs_nvcc
