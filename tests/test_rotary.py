@@ -11,6 +11,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 from device import DEVICE
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -378,6 +379,22 @@ def test_compiled_code_gives_the_same_bytes(backend):
     (expected_grad,) = torch.autograd.grad(expected, x, grad_out)
     (grad,) = torch.autograd.grad(out, x, grad_out)
     assert_bitwise_equal(grad, expected_grad)
+
+
+def test_compiled_code_takes_any_size():
+    """Rows, heads and offsets that the compiler does not know yet, in two calls of one graph."""
+    cos, sin = tables(6)
+    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def model(x, offset, num_heads_q):
+        qkv = apply_rotary_emb_qkv_(x * 1, cos, sin, seqlen_offsets=offset, num_heads_q=num_heads_q)
+        return apply_rotary_emb(qkv, cos, sin, seqlen_offsets=offset)
+
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=graphs)
+    for s, h_q, offset in ((5, 4, 2), (7, 6, 3)):
+        x = normal(B, s, h_q + 4, D)
+        assert_bitwise_equal(compiled(x, offset, h_q), model(x, offset, h_q))
+    assert graphs.frame_count == 1
 
 
 @pytest.mark.parametrize("pack", [False, True], ids=["dense", "pack"])

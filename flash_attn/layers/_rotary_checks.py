@@ -58,8 +58,8 @@ def heads_of_qkv(qkv: Tensor, num_heads_q: int | None) -> tuple[int, int]:
         what = "num_heads_q is required for a qkv of 4 dimensions"
         rules.refuse(what, _shape("qkv", qkv), "num_heads_q = h_q", AssertionError)
     queries = rules.integer("num_heads_q", num_heads_q)
-    keys, odd = divmod(qkv.shape[2] - queries, 2)
-    if queries < 0 or keys < 1 or odd:
+    keys = (qkv.shape[2] - queries) // 2
+    if queries < 0 or keys < 1 or queries + 2 * keys != qkv.shape[2]:
         received = f"{_shape('qkv', qkv)}, {num_heads_q=}"
         what = "qkv must have num_heads_q + 2 * num_heads_k heads"
         rule = "num_heads_q >= 0, num_heads_k >= 1"
