@@ -11,6 +11,7 @@ from torch import Tensor
 
 import flash_attn.flash_attn_interface as _interface
 from flash_attn import _check_rules
+from flash_attn._autograd import without_gradients
 from flash_attn._checks import check_generator_is_none
 
 
@@ -23,7 +24,7 @@ def _filled(buffer: Tensor | None, result: Tensor) -> Tensor:
     return result if buffer is None else buffer.copy_(result)
 
 
-@torch.no_grad()
+@without_gradients
 def fwd(
     q: Tensor,  # (b, s_q, h_q, d)
     k: Tensor,  # (b, s_k, h_kv, d)
@@ -58,7 +59,7 @@ def fwd(
     return [_filled(out, result), softmax_lse, s_dmask, rng_state]
 
 
-@torch.no_grad()
+@without_gradients
 def varlen_fwd(
     q: Tensor,  # (total_q, h_q, d)
     k: Tensor,  # (total_k, h_kv, d), or (num_blocks, page_size, h_kv, d) with block_table
@@ -109,7 +110,7 @@ def varlen_fwd(
     return [_filled(out, result), softmax_lse, s_dmask, rng_state]
 
 
-@torch.no_grad()
+@without_gradients
 def bwd(
     dout: Tensor,
     q: Tensor,
@@ -159,7 +160,7 @@ def bwd(
     return [dq, dk, dv, softmax_d]
 
 
-@torch.no_grad()
+@without_gradients
 def varlen_bwd(
     dout: Tensor,
     q: Tensor,
@@ -220,7 +221,7 @@ def varlen_bwd(
     return [dq, dk, dv, softmax_d]
 
 
-@torch.no_grad()
+@without_gradients
 def fwd_kvcache(
     q: Tensor,  # (b, s_q, h_q, d)
     kcache: Tensor,  # (b_cache, s_cache, h_kv, d), or (num_blocks, page_size, h_kv, d)

@@ -341,6 +341,32 @@ def gradient_refused(option: str) -> NoReturn:
     )
 
 
+def forward_mode_refused(name: str) -> NoReturn:
+    what = "forward-mode derivatives (jvp, jacfwd, linearize, dual tensors) are not supported"
+    refuse(what, f"a tangent of {name}", "reverse mode: backward, autograd.grad, func.grad, jacrev")
+
+
+def second_derivative_refused() -> NoReturn:
+    what = "second derivatives (double backward, hessian) are not supported"
+    refuse(what, "a backward pass through the gradients of attention", "differentiate it once")
+
+
+def cache_gradient_refused() -> NoReturn:
+    what = "flash_attn_with_kvcache has no gradient"
+    rule = "gradients need flash_attn_func or flash_attn_varlen_func"
+    refuse(what, "a backward pass through its result", rule)
+
+
+def transform_refused(function: str) -> NoReturn:
+    rule = "a call outside, or apply_rotary_emb_torch, which is plain PyTorch and rounds otherwise"
+    refuse(f"{function} does not run inside torch.func", "a call inside a transform", rule)
+
+
+def vmap_refused(names: str) -> NoReturn:
+    what = "vmap is not supported where a call writes into its arguments"
+    refuse(what, f"vmap over {names}", "one call for each, or the batch dimension of the call")
+
+
 def partials(out: Tensor, max_log2: Tensor, sum: Tensor, reduced: torch.dtype) -> None:
     dtype(reduced, out.device)
     for name, tensor in (("out", out), ("max_log2", max_log2), ("sum", sum)):

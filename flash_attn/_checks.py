@@ -11,13 +11,18 @@ import torch
 from torch import Tensor
 
 from flash_attn import _check_rules as rules
+from flash_attn._check_rules import cache_gradient_refused as refuse_cache_gradient
+from flash_attn._check_rules import forward_mode_refused as refuse_forward_mode
 from flash_attn._check_rules import generator_is_none as check_generator_is_none
 from flash_attn._check_rules import gradient_refused as refuse_gradient
 from flash_attn._check_rules import integer as check_length
 from flash_attn._check_rules import packed as check_packed
 from flash_attn._check_rules import packed_only as check_packed_only
 from flash_attn._check_rules import partials as check_partials
+from flash_attn._check_rules import second_derivative_refused as refuse_second_derivative
 from flash_attn._check_rules import splits as check_num_splits
+from flash_attn._check_rules import transform_refused as refuse_transform
+from flash_attn._check_rules import vmap_refused as refuse_vmap
 from flash_attn._check_rules import window as check_window
 
 __all__ = [
@@ -35,7 +40,12 @@ __all__ = [
     "check_varlen",
     "check_varlen_backward",
     "check_window",
+    "refuse_cache_gradient",
+    "refuse_forward_mode",
     "refuse_gradient",
+    "refuse_second_derivative",
+    "refuse_transform",
+    "refuse_vmap",
 ]
 
 # Shapes by their letters, as the messages print them.

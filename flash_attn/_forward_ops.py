@@ -240,10 +240,7 @@ def _(
     return _fake_result(q, k, v, packing, return_softmax)
 
 
-@torch.library.custom_op(
-    "flash_attn::_flash_attn_with_kvcache", mutates_args=("k_cache", "v_cache")
-)
-def _flash_attn_with_kvcache(
+def _cache_attention(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
@@ -322,7 +319,66 @@ def _flash_attn_with_kvcache(
     return out, softmax_lse
 
 
-@_flash_attn_with_kvcache.register_fake
+@torch.library.custom_op("flash_attn::_attend_cache", mutates_args=())
+def _attend_cache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor | None,
+    cache_batch_idx: Tensor | None,
+    cache_leftpad: Tensor | None,
+    block_table: Tensor | None,
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    num_splits: int,
+) -> tuple[Tensor, Tensor]:
+    """Reads the caches only, so they may be shared, saved for a backward pass, or overlap."""
+    return _cache_attention(
+        *(q, k_cache, v_cache, None, None, None, None),
+        *(cache_seqlens, cache_batch_idx, cache_leftpad, block_table, softmax_scale, causal),
+        *(window_size_left, window_size_right, softcap, False, alibi_slopes, num_splits),
+    )
+
+
+@torch.library.custom_op(
+    "flash_attn::_append_and_attend_cache", mutates_args=("k_cache", "v_cache")
+)
+def _append_and_attend_cache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
+    cache_seqlens: Tensor | None,
+    cache_batch_idx: Tensor | None,
+    cache_leftpad: Tensor | None,
+    block_table: Tensor | None,
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    rotary_interleaved: bool,
+    alibi_slopes: Tensor | None,
+    num_splits: int,
+) -> tuple[Tensor, Tensor]:
+    """Writes k and v into the caches first; the rules say what must come with what."""
+    return _cache_attention(
+        *(q, k_cache, v_cache, k, v, rotary_cos, rotary_sin),
+        *(cache_seqlens, cache_batch_idx, cache_leftpad, block_table, softmax_scale, causal),
+        *(window_size_left, window_size_right, softcap, rotary_interleaved, alibi_slopes),
+        num_splits,
+    )
+
+
+@_append_and_attend_cache.register_fake
+@_attend_cache.register_fake
 def _(q: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, Tensor]:
     lse = q.new_empty(_native.lse_shape(q, _native.DENSE), dtype=torch.float32)
     return q.new_empty(q.shape), lse

@@ -8,6 +8,7 @@ need not be.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 
 import flash_attn_2_cuda as flash_attn_gpu  # noqa: F401  other packages look for this name here
 from flash_attn import _checks
+from flash_attn._autograd import without_gradients
 from flash_attn._native import contiguous_columns, draw_seed, softmax_scale_of
 from flash_attn._native import round_up as round_multiple  # noqa: F401
 from flash_attn._ops import (
@@ -292,7 +294,7 @@ def flash_attn_varlen_qkvpacked_func(
     )
 
 
-@torch.no_grad()
+@without_gradients
 def flash_attn_with_kvcache(
     q: Tensor,
     k_cache: Tensor,
@@ -346,40 +348,39 @@ def flash_attn_with_kvcache(
     if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
         used = _checks.check_length("cache_seqlens", cache_seqlens)
         cache_seqlens = torch.full((q.shape[0],), used, dtype=torch.int32, device=q.device)
-    out, softmax_lse = torch.ops.flash_attn._flash_attn_with_kvcache(
-        q,
-        k_cache,
-        v_cache,
-        k,
-        v,
-        rotary_cos,
-        rotary_sin,
-        cache_seqlens,
-        cache_batch_idx,
-        cache_leftpad,
-        block_table,
-        softmax_scale_of(q, softmax_scale),
-        causal,
-        left,
-        right,
-        softcap,
-        rotary_interleaved,
-        alibi_slopes,
-        num_splits,
-    )
+    where = (cache_seqlens, cache_batch_idx, cache_leftpad, block_table)
+    scoring = (softmax_scale_of(q, softmax_scale), causal, left, right, softcap)
+    if k is None and v is None and rotary_cos is None and rotary_sin is None:
+        out, softmax_lse = torch.ops.flash_attn._attend_cache(
+            q, k_cache, v_cache, *where, *scoring, alibi_slopes, num_splits
+        )
+    else:
+        out, softmax_lse = torch.ops.flash_attn._append_and_attend_cache(
+            *(q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, *where, *scoring),
+            *(rotary_interleaved, alibi_slopes, num_splits),
+        )
     return (out, softmax_lse) if return_softmax_lse else out
 
 
 def _apply_of(function: Callable[..., Attention], name: str) -> type:
     """A class with ``apply`` as upstream's autograd functions have it, for packages that import it.
 
-    ``apply`` takes the function's arguments in order (return_softmax last but one), then whether
-    gradients are enabled, which PyTorch knows by itself here.
+    ``apply`` takes every argument of the function in its order, then whether to record a gradient.
     """
+    names = [*inspect.signature(function).parameters, "is_grad_enabled"]
+    names[names.index("return_attn_probs")] = "return_softmax"
 
     def apply(*arguments: Any) -> Attention:
-        *given, _is_grad_enabled = arguments
-        return function(*given)
+        if len(arguments) != len(names):
+            missing = ", ".join(names[len(arguments) :])
+            received = f"{len(arguments)}" + (f", without {missing}" if missing else "")
+            raise TypeError(
+                f"flash_attn: {name}.apply takes {len(names)} arguments by position; "
+                f"received {received}; rule: {', '.join(names)}"
+            )
+        *given, is_grad_enabled = arguments
+        with torch.set_grad_enabled(torch.is_grad_enabled() and is_grad_enabled):
+            return function(*given)
 
     return type(
         name,

@@ -27,9 +27,12 @@ from test_errors import (
 from flash_attn import (
     _checks,
     determinism,
+    flash_attn_func,
     flash_attn_varlen_func,
+    flash_attn_with_kvcache,
 )
 from flash_attn.flash_attn_interface import _flash_attn_backward, _flash_attn_varlen_backward
+from flash_attn.layers.rotary import apply_rotary_emb
 
 pytestmark = pytest.mark.usefixtures("contents_are_checked")
 
@@ -192,12 +195,51 @@ DEVICES = [
     if isinstance(x, torch.Tensor) and name != "q"
 ]
 
+derivative = Function(
+    "derivative",
+    lambda way, q, **others: way(lambda x: flash_attn_func(x, **others), q),
+    {"way": lambda f, q: f(q), "q": Q, "k": KV, "v": KV},
+)
+
+
+def second(f, q):
+    return torch.func.grad(lambda x: torch.func.grad(lambda y: f(y).sum())(x).sum())(q)
+
+
+def of_cache(f, q):
+    return torch.func.grad(lambda x: flash_attn_with_kvcache(x, q, q).sum())(q)
+
+
+def vmap_append(f, q):
+    return torch.func.vmap(lambda x: flash_attn_with_kvcache(x, x, x, x, x, cache_seqlens=0))(
+        q[None]
+    )
+
+
+def of_rotary(f, q):
+    return torch.func.grad(lambda x: apply_rotary_emb(x, q[0, :, 0, :8], q[0, :, 0, :8]).sum())(q)
+
+
+DERIVATIVES = [
+    (
+        "jvp",
+        {"way": lambda f, q: torch.func.jvp(f, (q,), (q,))},
+        "forward-mode derivatives (jvp",
+        "a tangent of q",
+    ),
+    ("second", {"way": second}, "second derivatives (double backward", "a backward pass"),
+    ("cache", {"way": of_cache}, "flash_attn_with_kvcache has no gradient", "a backward pass"),
+    ("vmap", {"way": vmap_append}, "vmap is not supported where", "vmap over q, k_cache, v_cache"),
+    ("rotary", {"way": of_rotary}, "the rotary embedding does not run inside", "a transform"),
+]
+
 CASES = [
     *SHARED,
     *(Case(dense, *row) for row in DENSE),
     *(Case(varlen, *row) for row in VARLEN),
     *(Case(partials, *row) for row in PARTIALS),
     Case(round_trip, "paged", PAGED, NO_BACKWARD, "block_table in the forward pass"),
+    *(Case(derivative, *row) for row in DERIVATIVES),
     *PACKED_ONLY,
     *DEVICES,
 ]
@@ -212,7 +254,7 @@ def test_refused(case: Case):
 CONTROLS = [
     *(
         Case(function, "unchanged", {})
-        for function in (dense, varlen, partials, round_trip, check_dense)
+        for function in (dense, varlen, partials, round_trip, check_dense, derivative)
     ),
     *(
         Case(function, id, changes)

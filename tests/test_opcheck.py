@@ -105,7 +105,7 @@ def backward_cases() -> dict[str, tuple[str, tuple[object, ...]]]:
 
 
 def kvcache_cases() -> dict[str, tuple[str, tuple[object, ...]]]:
-    name = "_flash_attn_with_kvcache"
+    append, attend = "_append_and_attend_cache", "_attend_cache"
     q, k, v = (normal((B, 2, h, D), seed=h) for h in (H_Q, H_KV, H_KV))
     rows = [normal((3, S_K, H_KV, D), seed=seed) for seed in (3, 4)]
     pages = [normal((6, page_size(24), H_KV, D), seed=seed) for seed in (3, 4)]
@@ -115,14 +115,19 @@ def kvcache_cases() -> dict[str, tuple[str, tuple[object, ...]]]:
     places = (int32(60, 3), int32(2, 0), int32(0, 1))  # seqlens, batch_idx, leftpad
     return {
         "append to rows": (
-            name,
+            append,
             (q, *rows, k, v, cos, sin, *places, None, *scoring, slopes(), 0),
         ),
         "append to pages": (
-            name,
+            append,
             (q, *pages, k, v, None, None, int32(60, 3), None, None, table, *scoring, None, 2),
         ),
-        "only attend": (name, (q, *rows, *[None] * 8, *scoring, None, 0)),
+        "attend to rows": (attend, (q, *rows, *places, None, *scoring[:-1], slopes(), 2)),
+        "attend to pages": (
+            attend,
+            (q, *pages, int32(60, 3), None, None, table, *scoring[:-1], None, 0),
+        ),
+        "attend to all": (attend, (q, *rows, *[None] * 4, *scoring[:-1], None, 0)),
     }
 
 

@@ -4,14 +4,13 @@ import inspect
 
 import pytest
 import torch
-from device import FINEST
+from device import DEVICE, FINEST
 from packaging.version import Version
-from strategies import Problem
 
 import flash_attn
 import flash_attn_2_cuda
-from flash_attn import flash_attn_func, flash_attn_interface
-from flash_attn.testing import assert_bitwise_equal
+from flash_attn import flash_attn_interface
+from flash_attn.testing import assert_bitwise_equal, cumulative_lengths, random_normal
 
 TAIL = {
     "dropout_p": 0.0,
@@ -128,17 +127,75 @@ def test_names_that_other_libraries_import():
         assert callable(getattr(flash_attn_interface.flash_attn_gpu, name))
 
 
-def test_autograd_classes():
-    """`FlashAttnFunc.apply` takes the function's arguments in order, then is_grad_enabled."""
-    q, k, v = (x.requires_grad_() for x in Problem((5,), (70,), 2, 2, 16, FINEST).dense())
-    tail = (0.0, 0.25, True, (-1, -1), 0.0, None, False, False)
-    expected = flash_attn_func(q, k, v, *tail)
-    out = flash_attn_interface.FlashAttnFunc.apply(q, k, v, *tail, torch.is_grad_enabled())
+TENSORS = {
+    "q": (6, 4, 16),
+    "k": (6, 2, 16),
+    "v": (6, 2, 16),
+    "kv": (6, 2, 2, 16),
+    "qkv": (6, 3, 2, 16),
+}
+CLASSES = {
+    "FlashAttnFunc": "flash_attn_func",
+    "FlashAttnKVPackedFunc": "flash_attn_kvpacked_func",
+    "FlashAttnQKVPackedFunc": "flash_attn_qkvpacked_func",
+    "FlashAttnVarlenFunc": "flash_attn_varlen_func",
+    "FlashAttnVarlenKVPackedFunc": "flash_attn_varlen_kvpacked_func",
+    "FlashAttnVarlenQKVPackedFunc": "flash_attn_varlen_qkvpacked_func",
+}
+
+
+def arguments_of(function_name: str) -> list[object]:
+    """Every argument by position; causal, so that a dropped or shifted option shows."""
+    required, defaults = PUBLIC[function_name]
+    arguments: list[object] = []
+    for name in required:
+        if name in TENSORS:
+            shape = TENSORS[name] if "varlen" in function_name else (2, *TENSORS[name])
+            x = random_normal(shape, seed=len(arguments), dtype=FINEST, device=DEVICE)
+            arguments.append(x.requires_grad_())
+        elif name.startswith("cu_seqlens"):
+            arguments.append(cumulative_lengths([2, 4], DEVICE))
+        else:
+            arguments.append(4)
+    return [*arguments, *(defaults | {"softmax_scale": 0.5, "causal": True}).values()]
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_autograd_classes(name):
+    """`apply` takes all of the function's arguments in order, then is_grad_enabled."""
+    function = getattr(flash_attn, CLASSES[name])
+    apply = getattr(flash_attn_interface, name).apply
+    given = arguments_of(CLASSES[name])
+    expected, out = function(*given), apply(*given, torch.is_grad_enabled())
     assert_bitwise_equal(out, expected)
-    assert out.requires_grad
-    kv = torch.stack((k, v), dim=2)
-    out = flash_attn_interface.FlashAttnKVPackedFunc.apply(q, kv, *tail, True)
-    assert_bitwise_equal(out, expected)
+    leaves = [x for x in given if isinstance(x, torch.Tensor) and x.requires_grad]
+    gradients = (torch.autograd.grad(x.sum(), leaves) for x in (out, expected))
+    for gradient, wanted in zip(*gradients, strict=True):
+        assert_bitwise_equal(gradient, wanted)
+    causal = list(PUBLIC[CLASSES[name]][1]).index("causal") + len(PUBLIC[CLASSES[name]][0])
+    given[causal] = False
+    assert not torch.equal(apply(*given, True), expected)
+
+    without = apply(*given, False)
+    assert not without.requires_grad
+    with torch.no_grad():
+        assert not apply(*given, True).requires_grad
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_autograd_classes_take_every_argument(name):
+    """A call with some left out was answered with its last argument dropped: not causal."""
+    apply = getattr(flash_attn_interface, name).apply
+    given = arguments_of(CLASSES[name])
+    for count in range(len(given) + 1):
+        with pytest.raises(TypeError, match=r"received .* without .*is_grad_enabled; rule: "):
+            apply(*given[:count])
+    with pytest.raises(TypeError, match=rf"^flash_attn: {name}\.apply takes .*; rule: .*"):
+        apply(*given, True, True)
+    parameters = [*inspect.signature(getattr(flash_attn, CLASSES[name])).parameters]
+    parameters[parameters.index("return_attn_probs")] = "return_softmax"
+    with pytest.raises(TypeError, match=", ".join(parameters) + ", is_grad_enabled$"):
+        apply()
 
 
 def test_version():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flash_attn import _check_rules as rules
+from flash_attn._autograd import Kernel
 from flash_attn.layers import _rotary_checks as checks
 
 
@@ -183,6 +184,10 @@ class _Rotate(torch.autograd.Function):
         return grad_x, *[None] * 13
 
 
+# The op by itself, as a compiler leaves it in a graph, would let tangents pass unturned.
+Kernel(_apply_rotary_)
+
+
 def rotate(
     x: Tensor,
     cos: Tensor,
@@ -200,6 +205,8 @@ def rotate(
     keys: int = 0,
 ) -> Tensor:
     """x rotated as `_apply_rotary_` says; `inplace`: x itself, written to."""
+    if torch._C._are_functorch_transforms_active():
+        rules.transform_refused("the rotary embedding")
     return _Rotate.apply(
         x,
         cos,
