@@ -12,12 +12,44 @@ from torch import Tensor
 import flash_attn.flash_attn_interface as _interface
 from flash_attn import _check_rules
 from flash_attn._autograd import without_gradients
-from flash_attn._checks import check_generator_is_none
+from flash_attn._checks import (
+    check_flag,
+    check_generator_is_none,
+    check_length,
+    check_number,
+    check_options,
+    check_tensors,
+    check_window,
+)
 
 
 def _check_out(out: Tensor | None, q: Tensor) -> None:
     if out is not None:
         _check_rules.like_q("out", out, q, "the shape of q", q.shape, "query and out")
+
+
+def _score(
+    p_dropout: float,
+    softmax_scale: float,
+    is_causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+) -> tuple[float, float, bool, int, int, float]:
+    """What a score is made of, each of the type that the ops ask for."""
+    left, right = check_window((window_size_left, window_size_right))
+    dropout_p, scale = (
+        check_number("p_dropout", p_dropout),
+        check_number("softmax_scale", softmax_scale),
+    )
+    return (
+        dropout_p,
+        scale,
+        check_flag("is_causal", is_causal),
+        left,
+        right,
+        check_number("softcap", softcap),
+    )
 
 
 def _filled(buffer: Tensor | None, result: Tensor) -> Tensor:
@@ -42,19 +74,19 @@ def fwd(
 ) -> list[Tensor]:
     """[out, softmax_lse, S_dmask, rng_state] of a dense batch."""
     check_generator_is_none(gen)
+    check_tensors(q=q, k=k, v=v)
+    check_options(q, out=out, alibi_slopes=alibi_slopes)
     _check_out(out, q)
+    score = _score(
+        p_dropout, softmax_scale, is_causal, window_size_left, window_size_right, softcap
+    )
     result, softmax_lse, s_dmask, rng_state = _interface._flash_attn_forward(
         q,
         k,
         v,
-        p_dropout,
-        softmax_scale,
-        is_causal,
-        window_size_left,
-        window_size_right,
-        softcap,
+        *score,
         alibi_slopes,
-        return_softmax,
+        check_flag("return_softmax", return_softmax),
     )
     return [_filled(out, result), softmax_lse, s_dmask, rng_state]
 
@@ -85,27 +117,34 @@ def varlen_fwd(
 ) -> list[Tensor]:
     """[out, softmax_lse, S_dmask, rng_state] of a packed batch."""
     check_generator_is_none(gen)
+    check_tensors(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    check_options(
+        q,
+        out=out,
+        seqused_k=seqused_k,
+        leftpad_k=leftpad_k,
+        block_table=block_table,
+        alibi_slopes=alibi_slopes,
+    )
     _check_out(out, q)
+    score = _score(
+        p_dropout, softmax_scale, is_causal, window_size_left, window_size_right, softcap
+    )
     result, softmax_lse, s_dmask, rng_state = _interface._flash_attn_varlen_forward(
         q,
         k,
         v,
         cu_seqlens_q,
         cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        p_dropout,
-        softmax_scale,
-        is_causal,
-        window_size_left,
-        window_size_right,
-        softcap,
+        check_length("max_seqlen_q", max_seqlen_q),
+        check_length("max_seqlen_k", max_seqlen_k),
+        *score,
         alibi_slopes,
-        return_softmax,
+        check_flag("return_softmax", return_softmax),
         block_table,
         leftpad_k,
         seqused_k,
-        zero_tensors,
+        check_flag("zero_tensors", zero_tensors),
     )
     return [_filled(out, result), softmax_lse, s_dmask, rng_state]
 
@@ -134,6 +173,11 @@ def bwd(
 ) -> list[Tensor]:
     """[dq, dk, dv, softmax_d] of a dense batch."""
     check_generator_is_none(gen)
+    check_tensors(q=q, k=k, v=v, dout=dout, out=out, softmax_lse=softmax_lse)
+    check_options(q, dq=dq, dk=dk, dv=dv, alibi_slopes=alibi_slopes, rng_state=rng_state)
+    score = _score(
+        p_dropout, softmax_scale, is_causal, window_size_left, window_size_right, softcap
+    )
     dq = torch.empty_like(q) if dq is None else dq
     dk = torch.empty_like(k) if dk is None else dk
     dv = torch.empty_like(v) if dv is None else dv
@@ -147,14 +191,9 @@ def bwd(
         dq,
         dk,
         dv,
-        p_dropout,
-        softmax_scale,
-        is_causal,
-        window_size_left,
-        window_size_right,
-        softcap,
+        *score,
         alibi_slopes,
-        deterministic,
+        check_flag("deterministic", deterministic),
         rng_state,
     )
     return [dq, dk, dv, softmax_d]
@@ -189,6 +228,12 @@ def varlen_bwd(
 ) -> list[Tensor]:
     """[dq, dk, dv, softmax_d] of a packed batch."""
     check_generator_is_none(gen)
+    check_tensors(q=q, k=k, v=v, dout=dout, out=out, softmax_lse=softmax_lse)
+    check_tensors(q=q, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    check_options(q, dq=dq, dk=dk, dv=dv, alibi_slopes=alibi_slopes, rng_state=rng_state)
+    score = _score(
+        p_dropout, softmax_scale, is_causal, window_size_left, window_size_right, softcap
+    )
     # Zeros: a token of the pack that no sequence covers is not written to.
     dq = torch.zeros_like(q) if dq is None else dq
     dk = torch.zeros_like(k) if dk is None else dk
@@ -205,18 +250,13 @@ def varlen_bwd(
         dv,
         cu_seqlens_q,
         cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        p_dropout,
-        softmax_scale,
-        is_causal,
-        window_size_left,
-        window_size_right,
-        softcap,
+        check_length("max_seqlen_q", max_seqlen_q),
+        check_length("max_seqlen_k", max_seqlen_k),
+        *score,
         alibi_slopes,
-        deterministic,
+        check_flag("deterministic", deterministic),
         rng_state,
-        zero_tensors,
+        check_flag("zero_tensors", zero_tensors),
     )
     return [dq, dk, dv, softmax_d]
 
@@ -245,6 +285,8 @@ def fwd_kvcache(
     num_splits: int,
 ) -> list[Tensor]:
     """[out, softmax_lse] of attention over a cache, after k and v were appended to it."""
+    check_tensors(q=q)
+    check_options(q, out=out)
     _check_out(out, q)
     result, softmax_lse = _interface.flash_attn_with_kvcache(
         q,

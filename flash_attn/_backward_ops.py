@@ -92,8 +92,8 @@ def _flash_attn_varlen_backward(
     dq: Tensor | None,
     dk: Tensor | None,
     dv: Tensor | None,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
+    cu_seqlens_q: Tensor | None,  # None is refused in this package's words
+    cu_seqlens_k: Tensor | None,
     max_seqlen_q: int,
     max_seqlen_k: int,
     dropout_p: float,
@@ -169,7 +169,7 @@ def _attend_backward(
     inputs = (dout, q, k, v, out, softmax_lse, *gradients)
     shared = (dropout_p, softmax_scale, softcap, alibi_slopes, rng_state)
     packing = _native.DENSE
-    if cu_seqlens_q is None or cu_seqlens_k is None:
+    if cu_seqlens_q is None and cu_seqlens_k is None:
         _checks.check_backward(*inputs, *shared, low_level_head_dim=False)
     else:
         lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)

@@ -1,112 +1,108 @@
-"""The rules that arguments must keep, and every message that a user can meet.
+"""The rules for tensors: device, dtype, layout and shape, alone and beside the others of a call.
+At the end the derivatives that tensors may be asked for in vain.
 
-One function is one group of rules; ``_checks.py`` says which groups hold for which operation. Every
-message has the same three parts
-
-    flash_attn: <what is wrong>; received <what came>; rule: <what is accepted>
-
-and where flash-attn 2.8 has a text for the case, <what is wrong> holds its words, because programs
-match on them. A decode call passes through here once per layer and token. So a rule that accepts
-reads metadata only, or runs one vectorised test over an index tensor; the first offending index is
-looked for once that test has failed.
+One function is one group of rules; ``_checks.py`` says which groups hold for which operation. A
+decode call passes through here once per layer and token. So a rule that accepts reads metadata
+only.
 """
 
 from __future__ import annotations
 
-import math
-import operator
-import os
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from functools import cache
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from flash_attn import _native
+from flash_attn._refusal import refuse
 
 MAX_HEAD_DIM = 256
-MAX_NUM_SPLITS = 128
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-def refuse(what: str, received: str, rule: str, error: type[Exception] = RuntimeError) -> NoReturn:
-    raise error(f"flash_attn: {what}; received {received}; rule: {rule}")
-
-
-# ---- Scalars -------------------------------------------------------------------------------------
-
-
-def window(window_size: Sequence[int] | Tensor) -> tuple[int, int]:
-    """The window as two ints; callers pass a tuple, a list or a CPU tensor."""
-    entries = window_size.tolist() if isinstance(window_size, Tensor) else window_size
-    if not isinstance(entries, (tuple, list)) or len(entries) != 2:
-        rule = "(left, right), two integers, where a negative one means unlimited"
-        refuse("window_size must have two entries", f"{window_size!r}", rule)
-    return integer("window_size", entries[0]), integer("window_size", entries[1])
-
-
-def integer(name: str, value: Any) -> int:
-    """``value`` as an int. Its size has rules of its own, which run inside the ops: under
-    torch.compile nothing may be known about it yet."""
-    if isinstance(value, int):
-        return value
-    try:  # integers of numpy, and integer tensors with one element; a float has no __index__
-        return operator.index(value)
-    except (TypeError, RuntimeError):
-        refuse(f"{name} must hold integers", f"{value!r}", "an int, or an integer tensor")
-
-
-def not_negative(name: str, value: int) -> None:
-    if value < 0:
-        refuse(f"{name} must not be negative", f"{name}={value}", f"{name} >= 0")
-
-
-def generator_is_none(gen: object) -> None:
-    if gen is not None:
-        what = "The `generator` argument is no longer supported"
-        refuse(what, f"a {type(gen).__name__}", "pass None and seed PyTorch's default generator")
-
-
-def scalars(
-    dropout_p: float, softmax_scale: float | None, softcap: float, return_softmax: bool = False
-) -> None:
-    if not 0.0 <= dropout_p < 1.0:  # true for NaN as well, like the tests below
-        refuse("dropout_p (p_dropout) is out of range", f"{dropout_p=}", "0 <= dropout_p < 1")
-    if softmax_scale is not None and not math.isfinite(softmax_scale):
-        refuse("softmax_scale is not finite", f"{softmax_scale=}", "a finite number")
-    if not 0.0 <= softcap < math.inf:
-        refuse("softcap is out of range", f"{softcap=}", "finite and >= 0, where 0 means off")
-    if softcap > 0.0 and dropout_p > 0.0:
-        what = "Softcapping does not support dropout for now"
-        refuse(what, f"{softcap=}, {dropout_p=}", "at most one of the two is above 0")
-    if return_softmax and dropout_p == 0.0:
-        what = "return_softmax is only supported when p_dropout > 0.0"
-        refuse(what, f"{return_softmax=}, {dropout_p=}", "S_dmask exists only under dropout")
-
-
-def splits(num_splits: int) -> None:
-    not_negative("num_splits", num_splits)
-    if num_splits > MAX_NUM_SPLITS:
-        what = f"num_splits > {MAX_NUM_SPLITS} not supported"
-        refuse(what, f"{num_splits=}", f"0 (automatic) to {MAX_NUM_SPLITS}")
 
 
 # ---- One tensor ----------------------------------------------------------------------------------
 
 
+def tensors(**given: Tensor) -> None:
+    """Dense tensors on the device of the first one.
+
+    Asked where a call comes in. A tensor on another device would otherwise decide who answers: with
+    one that has no memory (meta) PyTorch hands out results that nobody has computed.
+    """
+    first = None
+    for name, x in given.items():
+        tensor(name, x)
+        if first is None:
+            first = x
+        else:
+            same_device(name, x, first)
+
+
+def options(q: Tensor, **given: Tensor | None) -> None:
+    """Tensors that may be absent, on the device of q."""
+    for name, x in given.items():
+        if x is not None:
+            tensor(name, x)
+            same_device(name, x, q)
+
+
+def tensor(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        rule = "a torch.Tensor; torch.as_tensor makes one of a list or a NumPy array"
+        refuse(f"{name} must be a tensor", type(x).__name__, rule)
+    if x.layout is not torch.strided or x.is_nested:
+        received = "a nested tensor" if x.is_nested else f"{name} of layout {x.layout}"
+        rule = "a strided tensor; flash_attn_varlen_func takes sequences of several lengths"
+        refuse(f"{name} must be a dense tensor", received, rule)
+
+
 def device(wanted: torch.device) -> None:
     """The one place that decides whether this installation can compute on a device."""
-    if wanted.type == "cpu":
-        return
-    if wanted.type == "cuda" and torch.cuda.is_available():
+    if wanted.type == "cuda":
+        _gpu(wanted)
+    elif wanted.type != "cpu":
+        what = f"this installation holds no {wanted.type.upper()} kernels"
+        refuse(what, f"a tensor on {wanted}", "all tensors are on the CPU or on a NVIDIA GPU")
+
+
+@cache  # once accepted, always accepted: a GPU and a library stay what they are
+def _gpu(wanted: torch.device) -> None:
+    archs = _native.cuda_archs()
+    if torch.cuda.is_available():
         capability = torch.cuda.get_device_capability(wanted)
+        received = f"{wanted} of capability {capability}"
         if capability < (8, 0):
             what = "FlashAttention only supports Ampere GPUs or newer"
-            refuse(what, f"{wanted} of capability {capability}", "capability 8.0 or above")
-        if _native.cuda_archs():
+            refuse(what, received, "capability 8.0 or above")
+        if archs and _runs_on(capability, archs):
             return
-    what = f"this installation holds no {wanted.type.upper()} kernels"
-    refuse(what, f"a tensor on {wanted}", "all tensors are on the CPU")
+        if archs:
+            what = "this installation's CUDA kernels are for other GPUs"
+            rule = f'a library built with FLASH_ATTN_CUDA_ARCHS="{capability[0]}{capability[1]}"'
+            refuse(what, f"{received}, kernels for {';'.join(archs)}", rule)
+    rule = (
+        "all tensors are on the CPU, or a library built for GPUs: with a CUDA build of PyTorch "
+        "installed, nvcc on PATH or CUDA_HOME set, and FLASH_ATTN_FORCE_CUDA=1, run "
+        "`pip install --no-build-isolation .`"
+    )
+    refuse("this installation holds no CUDA kernels", f"a tensor on {wanted}", rule)
+
+
+def _runs_on(capability: tuple[int, int], archs: Sequence[str]) -> bool:
+    """Code of an architecture runs on GPUs of its major version that are not older; the library
+    holds the PTX of the last one too, which newer GPUs compile. A letter (90a) ties both to one."""
+    for arch in archs:
+        built = divmod(int(arch.rstrip("af")), 10)
+        if arch.endswith("a"):
+            fits = built == capability
+        else:
+            fits = built[0] == capability[0] and built <= capability
+        if fits:
+            return True
+    last = archs[-1]
+    return last.isdigit() and divmod(int(last), 10) <= capability
 
 
 def dtype(wanted: torch.dtype, on: torch.device) -> None:
@@ -158,22 +154,26 @@ def fp32(what: str, name: str, tensor: Tensor, q: Tensor) -> None:
         refuse(f"{what} must have dtype fp32", f"{name} of {tensor.dtype}", "torch.float32")
 
 
-def index(name: str, tensor: Tensor, q: Tensor, letters: str, *expected: int | None) -> None:
-    """Metadata of an index tensor; its contents have rules of their own."""
-    same_device(name, tensor, q)
-    if tensor.dtype != torch.int32:
-        refuse(f"{name} must have dtype int32", f"{name} of {tensor.dtype}", "torch.int32")
-    shape(name, tensor, letters, expected)
+def index(name: str, x: Tensor | None, q: Tensor, letters: str, *expected: int | None) -> Tensor:
+    """Metadata of an index tensor, which is returned; its contents have rules of their own."""
+    if x is None:
+        refuse(f"{name} must be a tensor", "None", "an int32 tensor")
+    same_device(name, x, q)
+    if x.dtype != torch.int32:
+        refuse(f"{name} must have dtype int32", f"{name} of {x.dtype}", "torch.int32")
+    shape(name, x, letters, expected)
+    return x
 
 
 # ---- The tensors of a call -----------------------------------------------------------------------
 
 
-def packed(name: str, tensor: Tensor, count: int) -> None:
+def packed(name: str, x: Tensor, count: int) -> None:
     """``kv`` holds 2 and ``qkv`` holds 3 tensors along dimension -3."""
-    if tensor.dim() not in (4, 5) or tensor.shape[-3] != count:
+    tensor(name, x)
+    if x.dim() not in (4, 5) or x.shape[-3] != count:
         what = f"{name} must have shape (b, s, {count}, h, d) or (total, {count}, h, d)"
-        received = f"{name} of shape {tuple(tensor.shape)}"
+        received = f"{name} of shape {tuple(x.shape)}"
         refuse(what, received, f"4 or 5 dimensions, and size {count} in dimension -3")
 
 
@@ -326,11 +326,35 @@ def saved_for_backward(
         refuse(what, f"rng_state=None, {dropout_p=}", "the rng_state that the forward returned")
 
 
-def gradient(name: str, tensor: Tensor | None, of: Tensor, q: Tensor) -> None:
+def gradient(name: str, tensor: Tensor, of: Tensor, q: Tensor) -> None:
     """dout, or a buffer for dq, dk or dv where the caller passes one."""
-    if tensor is not None:
-        shape_of = "out" if name == "dout" else name[1:]
-        like_q(name, tensor, q, f"the shape of {shape_of}", of.shape, f"query and {name}")
+    shape_of = "out" if name == "dout" else name[1:]
+    like_q(name, tensor, q, f"the shape of {shape_of}", of.shape, f"query and {name}")
+
+
+def partials(out: Tensor, max_log2: Tensor, sum: Tensor, reduced: torch.dtype) -> None:
+    dtype(reduced, out.device)
+    for name, tensor in (("out", out), ("max_log2", max_log2), ("sum", sum)):
+        fp32(f"partials.{name}", name, tensor, out)
+    if out.dim() not in (4, 5):
+        what = "partials.out must have shape (n, b, s_q, h_q, d) or (n, total_q, h_q, d)"
+        refuse(what, f"out of shape {tuple(out.shape)}", "segments, then as q")
+    *leading, s_q, h_q, _ = out.shape
+    letters = "n, b, h_q, s_q" if len(leading) == 2 else "n, h_q, total_q"
+    shape("partials.max_log2", max_log2, letters, (*leading, h_q, s_q))
+    shape("partials.sum", sum, letters, (*leading, h_q, s_q))
+
+
+def packed_only(**options: Tensor | None) -> None:
+    for name, tensor in options.items():
+        if tensor is not None:
+            received = f"{name} of shape {tuple(tensor.shape)}"
+            refuse(
+                f"{name} needs a packed batch", received, "cu_seqlens_q and cu_seqlens_k as well"
+            )
+
+
+# ---- Derivatives that do not exist ---------------------------------------------------------------
 
 
 def gradient_refused(option: str) -> NoReturn:
@@ -365,132 +389,3 @@ def transform_refused(function: str) -> NoReturn:
 def vmap_refused(names: str) -> NoReturn:
     what = "vmap is not supported where a call writes into its arguments"
     refuse(what, f"vmap over {names}", "one call for each, or the batch dimension of the call")
-
-
-def partials(out: Tensor, max_log2: Tensor, sum: Tensor, reduced: torch.dtype) -> None:
-    dtype(reduced, out.device)
-    for name, tensor in (("out", out), ("max_log2", max_log2), ("sum", sum)):
-        fp32(f"partials.{name}", name, tensor, out)
-    if out.dim() not in (4, 5):
-        what = "partials.out must have shape (n, b, s_q, h_q, d) or (n, total_q, h_q, d)"
-        refuse(what, f"out of shape {tuple(out.shape)}", "segments, then as q")
-    *leading, s_q, h_q, _ = out.shape
-    letters = "n, b, h_q, s_q" if len(leading) == 2 else "n, h_q, total_q"
-    shape("partials.max_log2", max_log2, letters, (*leading, h_q, s_q))
-    shape("partials.sum", sum, letters, (*leading, h_q, s_q))
-
-
-# ---- Contents of index tensors -------------------------------------------------------------------
-# Called for tensors in the CPU's memory, and for others when FLASH_ATTN_CHECK=1: reading those
-# makes the call wait for the GPU. Without it the kernels bound what they read, and refuse nothing.
-
-
-def reads_contents(of: torch.device) -> bool:
-    return of.type == "cpu" or os.environ.get("FLASH_ATTN_CHECK", "0") == "1"
-
-
-def extremes(values: Tensor | int) -> tuple[int, int]:
-    if isinstance(values, int):
-        return values, values
-    smallest, largest = torch.aminmax(values)
-    return int(smallest), int(largest)
-
-
-def in_range(name: str, values: Tensor, limit: int, what: str, rule: str) -> None:
-    """0 <= value <= limit for every sequence."""
-    smallest, largest = extremes(values)
-    if smallest < 0 or largest > limit:
-        i = int(((values < 0) | (values > limit)).nonzero()[0])
-        refuse(what, f"{name}[{i}] = {int(values[i])}", rule)
-
-
-def at_most(name: str, values: Tensor, limits: Tensor | int, rule: str) -> None:
-    """0 <= values[i] <= limits[i] for every sequence i."""
-    bad = (values < 0) | (values > limits)
-    if bool(bad.any()):
-        i = int(bad.nonzero()[0])
-        limit = int(torch.as_tensor(limits, device="cpu").expand(values.shape)[i])
-        received = f"{name}[{i}] = {int(values[i])} where sequence {i} has {limit} keys"
-        refuse(f"{name} is out of range", received, rule)
-
-
-def offsets(name: str, cu_seqlens: Tensor, total: int | None, max_name: str, limit: int) -> Tensor:
-    """Offsets into a pack of ``total`` rows (None: only the lengths count); returns the lengths."""
-    lengths = cu_seqlens.to(torch.int64).diff()  # differences of int32 could overflow
-    smallest, largest = extremes(lengths)
-    if smallest < 0:
-        i = int((lengths < 0).nonzero()[0])
-        received = f"{name}[{i}:{i + 2}] = {cu_seqlens[i : i + 2].tolist()}"
-        refuse(f"{name} must not decrease", received, "no offset is below the one before it")
-    if total is not None:
-        first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
-        if first != 0:
-            refuse(f"{name} must start at 0", f"{name}[0] = {first}", "the first offset is 0")
-        if last > total:
-            i = int((cu_seqlens > total).nonzero()[0])
-            received = f"{name}[{i}] = {int(cu_seqlens[i])} for a pack of {total} rows"
-            refuse(f"{name} points outside its pack", received, f"offsets are at most {total}")
-    if largest > limit:
-        i = int((lengths > limit).nonzero()[0])
-        received = f"length {int(lengths[i])} of sequence {i}, {max_name}={limit}"
-        refuse(f"a sequence of {name} exceeds {max_name}", received, f"length <= {max_name}")
-    return lengths
-
-
-def cache_lengths(cache_seqlens: Tensor | int, s_new: int, capacity: int, home: str) -> int:
-    """The keys of each sequence, and those it appends, fit the cache; returns the longest."""
-    smallest, longest = extremes(cache_seqlens)
-    if smallest >= 0 and longest + s_new <= capacity:
-        return longest
-    values = torch.as_tensor(cache_seqlens, device="cpu").reshape(-1)
-    i = int(((values < 0) | (values > capacity - s_new)).nonzero()[0])
-    what = f"cache_seqlens exceeds the capacity of {home}"
-    if int(values[i]) < 0:
-        what = "cache_seqlens must not be negative"
-    elif s_new:
-        what = f"the append of {s_new} key(s) at cache_seqlens runs past the end of {home}"
-    received = f"cache_seqlens[{i}] = {int(values[i])}, {s_new=}, {capacity=}"
-    refuse(what, received, "0 <= cache_seqlens and cache_seqlens + s_new <= capacity")
-
-
-def pages(table: Tensor, num_blocks: int, page_size: int, keys: Tensor | int) -> None:
-    """Each page that holds a key exists; entries behind a sequence's last page may be anything."""
-    if table.numel() == 0:
-        return
-    smallest, largest = extremes(table)
-    if smallest >= 0 and largest < num_blocks:
-        return
-    keys = torch.as_tensor(keys, device="cpu")
-    used_blocks = (keys.reshape(-1, 1) + (page_size - 1)) // page_size
-    used = torch.arange(table.shape[1], device="cpu") < used_blocks  # (b or 1, max_blocks)
-    bad = used & ((table < 0) | (table >= num_blocks))
-    if bool(bad.any()):
-        i, j = bad.nonzero()[0].tolist()
-        received = f"block_table[{i}, {j}] = {int(table[i, j])}"
-        rule = f"0 <= page < {num_blocks} in every entry that a sequence uses"
-        refuse("block_table names a page outside the cache", received, rule)
-
-
-def append_places(name: str, places: Tensor) -> None:
-    """No two sequences append to one place: the bytes would depend on which of them comes last."""
-    values, counts = torch.unique(places, return_counts=True)
-    if int(counts.max()) > 1:
-        received = f"row {int(values[counts > 1][0])} of the cache {int(counts.max())} times"
-        what = f"{name} makes sequences append to one place, and no rule says which of them wins"
-        refuse(what, received, "in deterministic mode each appended key has a place of its own")
-
-
-def rotary_reach(cos: Tensor, last_position: int) -> None:
-    """Queries are rotated too, and without as many new keys their positions may pass the cache."""
-    if last_position >= cos.shape[0]:
-        received = f"{cos.shape[0]} rows and a query at position {last_position}"
-        refuse("cos/sin seqlen must reach the last query", received, "one row for each position")
-
-
-def packed_only(**options: Tensor | None) -> None:
-    for name, tensor in options.items():
-        if tensor is not None:
-            received = f"{name} of shape {tuple(tensor.shape)}"
-            refuse(
-                f"{name} needs a packed batch", received, "cu_seqlens_q and cu_seqlens_k as well"
-            )

@@ -20,6 +20,8 @@ from flash_attn._native import Packing, Scoring
 # Two equal calls are not one: their masks differ. (``_attend`` is given its seed instead.)
 _DRAWS_ITS_SEED = (torch.Tag.nondeterministic_seeded,)
 
+_INT32_MAX = 2**31 - 1
+
 Result = tuple[Tensor, Tensor, Tensor, Tensor]  # out, softmax_lse, S_dmask, rng_state
 
 
@@ -69,8 +71,8 @@ def _flash_attn_varlen_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
+    cu_seqlens_q: Tensor | None,  # None is refused in this package's words
+    cu_seqlens_k: Tensor | None,
     max_seqlen_q: int,
     max_seqlen_k: int,
     dropout_p: float,
@@ -157,7 +159,7 @@ def _attend(
     shared = (dropout_p, softmax_scale, softcap, alibi_slopes)
     return_softmax = return_softmax and dropout_p > 0.0
     packing = _native.DENSE
-    if cu_seqlens_q is None or cu_seqlens_k is None:
+    if cu_seqlens_q is None and cu_seqlens_k is None:
         _checks.check_dense(
             q, k, v, *shared, low_level_head_dim=False, return_softmax=return_softmax
         )
@@ -302,7 +304,8 @@ def _cache_attention(
             interleaved=rotary_interleaved,
             rotate_by_position=by_position,
         )
-        lengths = lengths + k.shape[1]
+        # Nobody has read the lengths on a GPU: the sum stays at the largest int32.
+        lengths = lengths.clamp(max=_INT32_MAX - k.shape[1]) + k.shape[1]
     packing = replace(packing, seqused_k=lengths, leftpad_k=cache_leftpad)
     scoring = Scoring(
         softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes

@@ -28,10 +28,18 @@ DETERMINISTIC_BIT = 1 << 62
 # softmax_d and S_dmask are padded to this many rows, as callers of the low-level ops expect.
 ROW_PADDING = 128
 
+# Keys: sequences are shorter, since an index tensor counts to 2^31 and no memory holds as many.
+_FARTHEST = 1 << 40
+
 
 def round_up(value: int, multiple: int) -> int:
     """The smallest multiple of ``multiple`` that is not below ``value``."""
     return (value + multiple - 1) // multiple * multiple
+
+
+def window_side(keys: int) -> int:
+    """A side of a window that no sequence can fill is none: kernels add positions to it."""
+    return keys if keys < _FARTHEST else -1
 
 
 def softmax_scale_of(q: Tensor, softmax_scale: float | None) -> float:
@@ -67,6 +75,15 @@ class Packing:
         if self.block_table is not None:
             return s_q, self.block_table.shape[1] * k.shape[1]
         return s_q, k.shape[1]
+
+    def bounds(self, q: Tensor, k: Tensor) -> tuple[int, int]:
+        """``lengths`` as the kernels get them: no sequence is longer than what holds its tokens."""
+        s_q, s_k = self.lengths(q, k)
+        if self.cu_seqlens_q is None:
+            return s_q, s_k
+        table = self.block_table
+        keys = k.shape[0] if table is None else table.shape[1] * k.shape[1]
+        return min(s_q, q.shape[0]), min(s_k, keys)
 
     def contiguous(self) -> Packing:
         """Index tensors as the kernels read them: one entry after another."""
@@ -214,7 +231,7 @@ def _call_forward(
 ) -> None:
     q, k = tensors[0], tensors[1]
     assert q is not None and k is not None
-    s_q, s_k = packing.lengths(q, k)
+    s_q, s_k = packing.bounds(q, k)
     packing = packing.contiguous()
     _library.forward(
         *tensors,
@@ -230,8 +247,8 @@ def _call_forward(
         s_k,
         scoring.softmax_scale,
         scoring.causal,
-        scoring.window_left,
-        scoring.window_right,
+        window_side(scoring.window_left),
+        window_side(scoring.window_right),
         scoring.softcap,
         scoring.dropout_p,
         num_splits,
@@ -260,7 +277,7 @@ def backward(
     inputs = [contiguous_columns(x) for x in (dout, q, k, v, out)]
     gradients = [contiguous_columns(x) for x in (dq, dk, dv)]
     softmax_d = torch.zeros(softmax_d_shape(q, packing), dtype=torch.float32, device=q.device)
-    s_q, s_k = packing.lengths(q, k)
+    s_q, s_k = packing.bounds(q, k)
     packing = packing.contiguous()
     _library.backward(
         *inputs,
@@ -275,8 +292,8 @@ def backward(
         s_k,
         scoring.softmax_scale,
         scoring.causal,
-        scoring.window_left,
-        scoring.window_right,
+        window_side(scoring.window_left),
+        window_side(scoring.window_right),
         scoring.softcap,
         scoring.dropout_p,
     )
@@ -345,7 +362,7 @@ def plan(
     num_splits: int,
 ) -> Plan:
     """The schedule that ``forward`` would choose on ``device`` for tensors of these shapes."""
-    s_q, s_k = packing.lengths(q, k)
+    s_q, s_k = packing.bounds(q, k)
     b = q.shape[0] if packing.cu_seqlens_q is None else packing.cu_seqlens_q.shape[0] - 1
     fields = torch.zeros(7, dtype=torch.int64, device="cpu")
     packing = packing.contiguous()

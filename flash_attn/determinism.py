@@ -180,11 +180,25 @@ def forward_partials(
     ``flash_attn_varlen_func``. In deterministic mode the segments are the contract's, whatever
     ``num_splits`` says; in standard mode they are the splits that the call would be cut into.
     """
+    _checks.check_tensors(q=q, k=k, v=v)
+    _checks.check_options(
+        q,
+        alibi_slopes=alibi_slopes,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        block_table=block_table,
+        seqused_k=seqused_k,
+        leftpad_k=leftpad_k,
+    )
     left, right = _checks.check_window(window_size)
-    scale = _native.softmax_scale_of(q, softmax_scale)
+    scale = _checks.check_optional_number("softmax_scale", softmax_scale)
+    scale = _native.softmax_scale_of(q, scale)
+    causal = _checks.check_flag("causal", causal)
+    softcap = _checks.check_number("softcap", softcap)
+    num_splits = _checks.check_length("num_splits", num_splits)
     _checks.check_num_splits(num_splits)
     packing = _native.DENSE
-    if cu_seqlens_q is None or cu_seqlens_k is None:
+    if cu_seqlens_q is None and cu_seqlens_k is None:
         _checks.check_packed_only(block_table=block_table, seqused_k=seqused_k, leftpad_k=leftpad_k)
         _checks.check_dense(
             *(q, k, v, 0.0, scale, softcap, alibi_slopes),
@@ -349,7 +363,10 @@ def explain(
     sizes = {name: _checks.check_length(name, size) for name, size in sizes.items()}
     num_splits = _checks.check_length("num_splits", num_splits)
     q, k = _checks.check_sizes(**sizes, dtype=dtype, device=device, num_splits=num_splits)
-    mode = is_deterministic() if deterministic is None else bool(deterministic)
+    if deterministic is None:
+        mode = is_deterministic()
+    else:
+        mode = _checks.check_flag("deterministic", deterministic)
     plan = _native.plan(
         q, k, _native.DENSE, device=device, deterministic=mode, num_splits=num_splits
     )

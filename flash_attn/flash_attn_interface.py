@@ -67,7 +67,17 @@ def _attention(
     return_attn_probs: bool,
     block_table: Tensor | None = None,
 ) -> Attention:
+    _checks.check_tensors(q=q, k=k, v=v)
+    _checks.check_options(
+        q,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        alibi_slopes=alibi_slopes,
+        block_table=block_table,
+    )
     left, right = _checks.check_window(window_size)
+    dropout_p = _checks.check_number("dropout_p", dropout_p)
+    return_attn_probs = _checks.check_flag("return_attn_probs", return_attn_probs)
     out, softmax_lse, s_dmask, _ = torch.ops.flash_attn._attend(
         q,
         k,
@@ -77,15 +87,15 @@ def _attention(
         _checks.check_length("max_seqlen_q", max_seqlen_q),
         _checks.check_length("max_seqlen_k", max_seqlen_k),
         dropout_p,
-        softmax_scale_of(q, softmax_scale),
-        causal,
+        softmax_scale_of(q, _checks.check_optional_number("softmax_scale", softmax_scale)),
+        _checks.check_flag("causal", causal),
         left,
         right,
-        softcap,
+        _checks.check_number("softcap", softcap),
         alibi_slopes,
         return_attn_probs,
         block_table,
-        deterministic,
+        _checks.check_flag("deterministic", deterministic),
         # Drawn outside the op, where a compiler knows that two draws differ.
         draw_seed(q.device) if dropout_p > 0.0 else None,
     )
@@ -213,6 +223,7 @@ def flash_attn_varlen_func(
     Returns:
         out (t_q, h_q, d); with return_attn_probs also softmax_lse fp32 (h_q, t_q) and S_dmask.
     """
+    _checks.check_tensors(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     return _attention(
         *(
             q,
@@ -254,6 +265,7 @@ def flash_attn_varlen_kvpacked_func(
     return_attn_probs: bool = False,
 ) -> Attention:
     """``flash_attn_varlen_func`` with kv (t_k, 2, h_kv, d)."""
+    _checks.check_tensors(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     _checks.check_packed("kv", kv, 2)
     k, v = kv.unbind(-3)
     return _attention(
@@ -286,6 +298,8 @@ def flash_attn_varlen_qkvpacked_func(
     return_attn_probs: bool = False,
 ) -> Attention:
     """``flash_attn_varlen_func`` with qkv (t, 3, h, d) and one cu_seqlens for all three."""
+    _checks.check_tensors(cu_seqlens=cu_seqlens)
+    max_seqlen = _checks.check_length("max_seqlen", max_seqlen)
     _checks.check_packed("qkv", qkv, 3)
     q, k, v = qkv.unbind(-3)
     return _attention(
@@ -344,12 +358,35 @@ def flash_attn_with_kvcache(
     Raises:
         RuntimeError: before anything is written: a refused call leaves the cache as it was.
     """
+    _checks.check_tensors(q=q, k_cache=k_cache, v_cache=v_cache)
+    lengths = cache_seqlens if isinstance(cache_seqlens, Tensor) else None
+    _checks.check_options(
+        q,
+        k=k,
+        v=v,
+        rotary_cos=rotary_cos,
+        rotary_sin=rotary_sin,
+        cache_seqlens=lengths,
+        cache_batch_idx=cache_batch_idx,
+        cache_leftpad=cache_leftpad,
+        block_table=block_table,
+        alibi_slopes=alibi_slopes,
+    )
+    _checks.check_cache_ranks(q, k_cache, block_table)
     left, right = _checks.check_window(window_size)
-    if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
-        used = _checks.check_length("cache_seqlens", cache_seqlens)
-        cache_seqlens = torch.full((q.shape[0],), used, dtype=torch.int32, device=q.device)
-    where = (cache_seqlens, cache_batch_idx, cache_leftpad, block_table)
-    scoring = (softmax_scale_of(q, softmax_scale), causal, left, right, softcap)
+    if cache_seqlens is not None and lengths is None:
+        used = _checks.check_cache_length(cache_seqlens)
+        lengths = torch.full((q.shape[0],), used, dtype=torch.int32, device=q.device)
+    where = (lengths, cache_batch_idx, cache_leftpad, block_table)
+    scoring = (
+        softmax_scale_of(q, _checks.check_optional_number("softmax_scale", softmax_scale)),
+        _checks.check_flag("causal", causal),
+        left,
+        right,
+        _checks.check_number("softcap", softcap),
+    )
+    rotary_interleaved = _checks.check_flag("rotary_interleaved", rotary_interleaved)
+    num_splits = _checks.check_length("num_splits", num_splits)
     if k is None and v is None and rotary_cos is None and rotary_sin is None:
         out, softmax_lse = torch.ops.flash_attn._attend_cache(
             q, k_cache, v_cache, *where, *scoring, alibi_slopes, num_splits

@@ -4,6 +4,7 @@ The danger is a zero. Forward mode and torch.func take a result that nobody reco
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -39,6 +40,7 @@ CU = cumulative_lengths([S] * B, DEVICE)
 PACK = (CU, CU, S, S)
 
 FORWARD_MODE = r"^flash_attn: forward-mode derivatives .*; received a tangent of .*; rule: "
+TANGENT_OF_SCALE = r"no gradient flows into softmax_scale; received a tangent of .*; rule: "
 SECOND = r"flash_attn: second derivatives .*; received .*; rule: "
 NO_CACHE = r"flash_attn: flash_attn_with_kvcache has no gradient; received .*; rule: "
 
@@ -151,6 +153,59 @@ def test_every_way_to_forward_mode_is_refused(way):
     k, v = dense(seed=1), dense(seed=2)
     with pytest.raises(RuntimeError, match=FORWARD_MODE):
         FORWARD_WAYS[way](lambda q: flash_attn_func(q, k, v), dense())
+
+
+SCALE = torch.tensor(0.25)
+TANGENT_WAYS: dict[str, Callable[[Function], Any]] = {
+    "jvp": lambda f: torch.func.jvp(f, (SCALE,), (SCALE,)),
+    "jacfwd": lambda f: torch.func.jacfwd(f)(SCALE),
+    "grad inside": lambda f: torch.func.jvp(
+        lambda scale: torch.func.grad(lambda q: f(scale, q).sum())(dense()), (SCALE,), (SCALE,)
+    ),
+    "vmap inside": lambda f: torch.func.jvp(
+        lambda scale: torch.func.vmap(lambda q: f(scale, q))(dense()[None]), (SCALE,), (SCALE,)
+    ),
+    "dual": lambda f: f(forward_ad.make_dual(SCALE, SCALE)),
+    "grad inside dual": lambda f: torch.func.grad(lambda q, scale: f(scale, q).sum(), argnums=0)(
+        dense(), forward_ad.make_dual(SCALE, SCALE)
+    ),
+    "dual, compiled": lambda f: torch.compile(f, backend="eager")(
+        forward_ad.make_dual(SCALE, SCALE)
+    ),
+}
+
+
+@pytest.mark.parametrize("way", TANGENT_WAYS)
+def test_a_tangent_of_a_scale_is_refused(way):
+    """The scale becomes a number, and its derivative would be a zero."""
+
+    x = dense()
+
+    def of_scale(scale: torch.Tensor, q: torch.Tensor = x) -> torch.Tensor:
+        return flash_attn_func(q, x, x, softmax_scale=scale)
+
+    level = forward_ad.dual_level() if "dual" in way else nullcontext()
+    with level, pytest.raises(RuntimeError, match=TANGENT_OF_SCALE):
+        TANGENT_WAYS[way](of_scale)
+
+
+def test_control_a_scale_without_a_tangent_is_a_number_in_forward_mode():
+    """Of a constant, a detached one, and one that an inner transform was not asked for."""
+
+    def refused_for_q(scale: torch.Tensor) -> torch.Tensor:
+        with pytest.raises(RuntimeError, match=FORWARD_MODE):
+            torch.func.jvp(
+                lambda q: flash_attn_func(q, q, q, softmax_scale=scale), *[(dense(),)] * 2
+            )
+        return scale
+
+    refused_for_q(SCALE)
+    torch.func.jvp(lambda scale: refused_for_q(scale.detach()), (SCALE,), (SCALE,))
+    q = dense()
+    gradient = torch.func.grad(lambda q, s: flash_attn_func(q, q, q, softmax_scale=s).sum())
+    expected = torch.func.grad(lambda q: flash_attn_func(q, q, q, softmax_scale=0.25).sum())(q)
+    with forward_ad.dual_level():
+        assert_bitwise_equal(gradient(q, SCALE), expected)
 
 
 @backends

@@ -17,8 +17,10 @@ from device import DEVICE, DTYPES
 
 import flash_attn_2_cuda
 from flash_attn import (
+    _check_contents,
     _check_rules,
     _checks,
+    _native,
     flash_attn_func,
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
@@ -68,7 +70,9 @@ def assert_refused(case: Case) -> None:
     assert case.what in parts[1], message
     assert case.received in parts[2], message
     for name, value in before.items():
-        if isinstance(value, torch.Tensor) and value.device.type != "meta":
+        if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
+            continue
+        if value.device.type != "meta":
             assert_bitwise_equal(arguments[name], value, name)
 
 
@@ -246,11 +250,21 @@ DENSE_CASES = [Case(dense, *row) for row in DENSE] + [
 # itself (that is how it infers shapes), so the rules are asked directly.
 
 
-def check_old_gpu(**arguments: Any) -> None:
-    with mock.patch.multiple(
-        torch.cuda, is_available=lambda: True, get_device_capability=lambda device: (7, 5)
+def check_gpu(capability: tuple[int, int], archs: list[str]) -> None:
+    """A card of this capability, and a library with kernels for these architectures."""
+    _check_rules._gpu.cache_clear()
+    card = {"is_available": lambda: True, "get_device_capability": lambda device: capability}
+    with (
+        mock.patch.multiple(torch.cuda, **card),
+        mock.patch.object(_native, "cuda_archs", lambda: archs),
     ):
-        _check_rules.device(**arguments)
+        _check_rules.device(torch.device("cuda:1"))
+    _check_rules._gpu.cache_clear()
+
+
+def check_in_capture(capturing: bool) -> None:
+    with mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: capturing):
+        assert _check_contents.reads_contents(torch.device("cuda"))
 
 
 def check_without_gpu(**arguments: Any) -> None:
@@ -269,15 +283,24 @@ DENSE_OPTIONS = {
 }
 check_dense = Function("check_dense", _checks.check_dense, dense.arguments | DENSE_OPTIONS)
 check_device = Function("device", check_without_gpu, {"wanted": torch.device("cpu")})
-old_gpu = Function("old_gpu", check_old_gpu, {"wanted": torch.device("cuda:1")})
+gpu = Function("gpu", check_gpu, {"capability": (9, 0), "archs": ["80", "90"]})
+capture = Function("capture", check_in_capture, {"capturing": False})
 page = Function("page", _check_rules.page, {"size": 256, "on": torch.device("cuda")})
 dtype = Function("dtype", _check_rules.dtype, {"wanted": torch.half, "on": torch.device("cuda")})
 NO_CUDA = "this installation holds no CUDA kernels"
+OTHER_GPUS = "this installation's CUDA kernels are for other GPUs"
 PAGE_RULE = "Paged KV cache block size must be divisible by 16"
 
 DEVICE_CASES = [
     Case(check_device, "cuda", {"wanted": torch.device("cuda:0")}, NO_CUDA, "a tensor on cuda:0"),
-    Case(old_gpu, "sm_75", {}, "only supports Ampere GPUs or newer", "cuda:1 of capability (7, 5)"),
+    Case(gpu, "sm_75", {"capability": (7, 5)}, "only supports Ampere GPUs", "capability (7, 5)"),
+    Case(gpu, "no_kernels", {"archs": []}, NO_CUDA, "a tensor on cuda:1"),
+    Case(gpu, "newer_kernels", {"archs": ["100", "120"]}, OTHER_GPUS, "kernels for 100;120"),
+    Case(gpu, "newer_minor", {"capability": (8, 0), "archs": ["86"]}, OTHER_GPUS, "for 86"),
+    # The PTX is that of the last one; a letter ties an architecture's code to its own cards.
+    Case(gpu, "ptx_of_the_last", {"archs": ["80", "100"]}, OTHER_GPUS, "for 80;100"),
+    Case(gpu, "letter", {"capability": (10, 0), "archs": ["90a"]}, OTHER_GPUS, "for 90a"),
+    Case(capture, "capture", {"capturing": True}, "while a CUDA graph is captured", "in a capture"),
     Case(check_dense, "all_meta", {"q": Q.to("meta")} | both(META_KV), "no META kernels", "meta"),
     Case(
         check_dense,
@@ -318,7 +341,7 @@ def test_refused(case: Case):
 CONTROLS = [
     *(
         Case(function, "unchanged", {})
-        for function in (*PUBLIC, forward, raw, check_dense, page, dtype)
+        for function in (*PUBLIC, forward, raw, check_dense, page, dtype, gpu, capture)
     ),
     *(Case(dense, str(dtype), {"q": Q.to(dtype)} | both(KV.to(dtype))) for dtype in DTYPES),
     Case(dense, "d_256", of_d(256)),
@@ -336,6 +359,10 @@ CONTROLS = [
     Case(dense, "alibi_heads", {"alibi_slopes": ones(4)}),
     Case(dense, "alibi_batch", {"alibi_slopes": ones(2, 4)}),
     Case(page, "cpu_1", {"size": 1, "on": torch.device("cpu")}),
+    Case(gpu, "older_minor", {"capability": (8, 9), "archs": ["80"]}),
+    Case(gpu, "letter", {"archs": ["90a"]}),
+    Case(gpu, "family", {"capability": (10, 3), "archs": ["100f"]}),
+    Case(gpu, "ptx", {"capability": (12, 0), "archs": ["80"]}),
 ]
 
 
@@ -343,3 +370,22 @@ CONTROLS = [
 def test_control_is_accepted(case: Case):
     """At the edge of each rule a call goes through: no rule is stricter than it says."""
     case.function.call(**case.arguments())
+
+
+@pytest.mark.parametrize("what", ["nvcc", "CUDA_HOME", "FLASH_ATTN_FORCE_CUDA=1", "isolation"])
+def test_a_library_without_gpu_kernels_names_the_cure(what):
+    with pytest.raises(RuntimeError, match=NO_CUDA) as caught:
+        check_gpu((9, 0), [])
+    assert what in str(caught.value).split("rule:")[1]
+
+
+def test_a_library_for_other_gpus_names_the_architecture_to_build():
+    with pytest.raises(RuntimeError, match='FLASH_ATTN_CUDA_ARCHS="90"'):
+        check_gpu((9, 0), ["100"])
+
+
+def test_contents_are_not_read_on_a_gpu_unless_asked(monkeypatch):
+    """Then a capture is nobody's business either."""
+    monkeypatch.setenv("FLASH_ATTN_CHECK", "0")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not _check_contents.reads_contents(torch.device("cuda"))

@@ -3,32 +3,42 @@
 import ast
 import inspect
 import traceback
+from types import ModuleType
 
 import pytest
 import test_errors
 import test_errors_backward
 import test_errors_kvcache
+import test_errors_memory
 import test_errors_varlen
+import test_errors_words
 
-from flash_attn import _check_rules
+from flash_attn import _check_contents, _check_memory, _check_rules, _check_scalars
 
-FILES = (test_errors, test_errors_varlen, test_errors_kvcache, test_errors_backward)
+FILES = (
+    test_errors,
+    test_errors_varlen,
+    test_errors_kvcache,
+    test_errors_backward,
+    test_errors_words,
+    test_errors_memory,
+)
+RULES = (_check_scalars, _check_rules, _check_contents, _check_memory)
 
 
-def refusals() -> list[ast.Call]:
+def refusals(rules: ModuleType) -> list[ast.Call]:
     """Where the rules call ``refuse``."""
-    nodes = ast.walk(ast.parse(inspect.getsource(_check_rules)))
+    nodes = ast.walk(ast.parse(inspect.getsource(rules)))
     calls = [node for node in nodes if isinstance(node, ast.Call)]
     return [node for node in calls if isinstance(node.func, ast.Name) and node.func.id == "refuse"]
 
 
-def line_that_refuses(case: test_errors.Case) -> int:
+def line_that_refuses(case: test_errors.Case) -> tuple[str, int | None]:
     try:
         case.function.call(**case.arguments())
     except RuntimeError as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [f.lineno for f in frames if f.filename == _check_rules.__file__]
-        return lines[-2]  # the last one is in refuse() itself
+        frame = traceback.extract_tb(error.__traceback__)[-2]  # the last one is in refuse() itself
+        return frame.filename, frame.lineno
     raise AssertionError(f"{case.id} was accepted")
 
 
@@ -37,11 +47,14 @@ def line_that_refuses(case: test_errors.Case) -> int:
 def test_every_message_has_a_case():
     """A rule added without a case of its own fails here, with its line."""
     reached = {line_that_refuses(case) for file in FILES for case in file.CASES}
-    calls = refusals()
-    assert len(calls) > 50
+    calls = [(rules, call) for rules in RULES for call in refusals(rules)]
+    assert len(calls) > 60
     missing = [
-        f"_check_rules.py:{call.lineno}: {ast.unparse(call)}"
-        for call in calls
-        if not reached.intersection(range(call.lineno, (call.end_lineno or call.lineno) + 1))
+        f"{rules.__name__}:{call.lineno}: {ast.unparse(call)}"
+        for rules, call in calls
+        if not any(
+            (rules.__file__, line) in reached
+            for line in range(call.lineno, (call.end_lineno or call.lineno) + 1)
+        )
     ]
     assert not missing, "\n".join(missing)

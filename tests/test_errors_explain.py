@@ -90,9 +90,13 @@ def test_explain_has_the_message_of_the_call(changes, what):
             (
                 {name: value},
                 f"flash_attn: {name} must hold integers; received {value!r}; "
-                "rule: an int, or an integer tensor",
+                "rule: an int, or an integer tensor with one element",
             )
             for name, value in (("s_q", 1.5), ("s_k", None), ("d", "64"), ("num_splits", 2.0))
+        ),
+        (
+            {"deterministic": "yes"},
+            "flash_attn: deterministic must be True or False; received 'yes'; rule: a bool",
         ),
         (
             {"dtype": "float16"},
@@ -102,7 +106,7 @@ def test_explain_has_the_message_of_the_call(changes, what):
         (
             {"device": "meta"},
             "flash_attn: this installation holds no META kernels; received a tensor on meta; "
-            "rule: all tensors are on the CPU",
+            "rule: all tensors are on the CPU or on a NVIDIA GPU",
         ),
     ],
     ids=lambda x: str(x)[:30],

@@ -95,7 +95,7 @@ ANY_CALL = [
     ("v_cache_stride", {"v_cache": CACHE.mT.contiguous().mT}, f"v_cache {STRIDE}", "strides"),
     ("too_long", {"cache_seqlens": ints(4, 21)}, "exceeds the capacity of k_cache", "[1] = 21"),
     ("negative", {"cache_seqlens": ints(4, -1)}, "cache_seqlens must not be", "[1] = -1"),
-    ("int_negative", {"cache_seqlens": -1}, "cache_seqlens must not be negative", "= -1"),
+    ("int_negative", {"cache_seqlens": -1}, "cache_seqlens must not be negative", "=-1"),
     ("int_too_long", {"cache_seqlens": 21}, "exceeds the capacity of k_cache", "= 21"),
     ("row", {"cache_batch_idx": ints(0, 3)}, "cache_batch_idx names a row outside", "[1] = 3"),
     ("row_-1", {"cache_batch_idx": ints(-1, 0)}, "cache_batch_idx names a row outside", "[0] = -1"),

@@ -10,6 +10,7 @@ import torch
 from device import DEVICE
 from test_rotary import S_RO, B, D, H, S, index, normal, tables
 
+from flash_attn import _check_contents
 from flash_attn.layers import _rotary_checks
 from flash_attn.layers.rotary import (
     RotaryEmbedding,
@@ -265,7 +266,7 @@ def test_every_refusal_has_a_case():
     calls = [
         node
         for node in ast.walk(ast.parse(inspect.getsource(_rotary_checks)))
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "rules.refuse"
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "refuse"
     ]
     reached = set()
     for error, _, call in CASES.values():
@@ -283,6 +284,18 @@ def test_integers_of_every_kind_are_offsets(offset):
     x = normal(B, S, H, D)
     expected = apply_rotary_emb(x, COS, SIN, seqlen_offsets=1)
     assert_bitwise_equal(apply_rotary_emb(x, COS, SIN, seqlen_offsets=offset), expected)
+
+
+def test_without_index_tensors_nobody_asks_for_their_contents(monkeypatch):
+    """With FLASH_ATTN_CHECK=1 a CUDA graph captures a rotation that has nothing to check."""
+
+    def refuse(of):
+        raise AssertionError("contents of no tensor")
+
+    monkeypatch.setattr(_check_contents, "reads_contents", refuse)
+    dense(seqlen_offsets=1)()
+    with pytest.raises(AssertionError, match="contents of no tensor"):
+        dense(seqlen_offsets=index(0, 0, 0))()
 
 
 @pytest.mark.usefixtures("contents_are_checked")

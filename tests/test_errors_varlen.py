@@ -108,6 +108,13 @@ VARLEN_CASES = [
         for id, cu, what, received in OFFSETS
     ),
     *(Case(varlen, *row) for row in LENGTHS + TENSORS),
+    Case(
+        varlen,
+        "s_dmask",
+        {"max_seqlen_q": 2**62, "dropout_p": 0.5, "return_attn_probs": True},
+        "S_dmask is too large",
+        f"max_seqlen_q={2**62}",
+    ),
     Case(varlen_kvpacked, "count", {"kv": half(11, 3, 2, 16)}, "kv must have shape", "(11, 3, 2"),
     Case(varlen_kvpacked, "max_k", {"max_seqlen_k": 6}, "exceeds max_seqlen_k", "max_seqlen_k=6"),
     Case(varlen_qkvpacked, "count", {"qkv": half(10, 2, 2, 16)}, "qkv must have", "(10, 2, 2, 16)"),

@@ -10,7 +10,7 @@ import torch
 from device import DEVICE
 from test_rotary import S_RO, D, H, index, layouts, normal, tables
 
-from flash_attn import _check_rules
+from flash_attn import _check_contents
 from flash_attn.layers.rotary import (
     RotaryEmbedding,
     apply_rotary_emb,
@@ -27,7 +27,7 @@ OFFSETS = [0, -1, -S, S_RO - S + 2, S_RO, INT32.min, INT32.max]
 @pytest.fixture
 def contents_are_not_read(monkeypatch):
     """On the CPU as on a GPU: there by default, and the rows are the same there."""
-    monkeypatch.setattr(_check_rules, "reads_contents", lambda of: False)
+    monkeypatch.setattr(_check_contents, "reads_contents", lambda of: False)
 
 
 pytestmark = pytest.mark.usefixtures("contents_are_not_read")

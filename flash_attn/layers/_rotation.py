@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash_attn import _check_rules as rules
+from flash_attn import _check_contents
 from flash_attn._autograd import Kernel
+from flash_attn._checks import refuse_transform
 from flash_attn.layers import _rotary_checks as checks
 
 
@@ -120,7 +121,8 @@ def _apply_rotary_(
         ]
     if cu_seqlens is not None and cu_seqlens.shape[0] == 1:  # no sequence
         return
-    are_read = rules.reads_contents(x.device)
+    has_index = seqlen_offsets is not None or cu_seqlens is not None
+    are_read = has_index and _check_contents.reads_contents(x.device)
     if are_read:
         rows = min(table.shape[0] for _, table, _ in parts)
         checks.contents(x, rows, seqlen_offsets, cu_seqlens, max_seqlen)
@@ -206,7 +208,7 @@ def rotate(
 ) -> Tensor:
     """x rotated as `_apply_rotary_` says; `inplace`: x itself, written to."""
     if torch._C._are_functorch_transforms_active():
-        rules.transform_refused("the rotary embedding")
+        refuse_transform("the rotary embedding")
     return _Rotate.apply(
         x,
         cos,

@@ -14,7 +14,7 @@ Shape letters: b batch, s sequence, h heads, d head dim, t rows of a pack, r = r
 import torch
 from torch import Tensor
 
-from flash_attn import _check_rules as rules
+from flash_attn import _check_scalars as scalars
 from flash_attn.layers import _rotary_checks as checks
 from flash_attn.layers._rotation import rotate
 
@@ -313,7 +313,7 @@ class RotaryEmbedding(torch.nn.Module):
         if max_seqlen is None:
             rows = qkv.shape[1] + offset
         else:
-            rows = rules.integer("max_seqlen", max_seqlen)
+            rows = scalars.any_integer("max_seqlen", max_seqlen)
         self._update_cos_sin_cache(rows, qkv.device, qkv.dtype)
         cos, sin = self._cos_cached, self._sin_cached
         assert cos is not None and sin is not None
