@@ -14,11 +14,15 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include "csrc/sm80/family.h"
+#include "csrc/sm80/faults.h"
 #endif
 
+#include <initializer_list>
 #include <optional>
 #include <string>
+#include <utility>
 
+#include "csrc/core/sequence.h"
 #include "csrc/cpu/family.h"
 
 namespace {
@@ -40,6 +44,16 @@ fa::DType dtype_of(Tensor const& t) {
   }
 }
 
+// Tensors are read where the call runs: one elsewhere has an address that means nothing there.
+void check_device_of(Tensor const& q, std::initializer_list<OptionalTensor const*> others) {
+  for (OptionalTensor const* const t : others) {
+    bool const is_there =
+        !t->has_value() || ((*t)->is_cuda() == q.is_cuda() && (*t)->is_cpu() == q.is_cpu() &&
+                            (*t)->get_device_index() == q.get_device_index());
+    STD_TORCH_CHECK(is_there, "flash_attn: a tensor is not on the device of q");
+  }
+}
+
 // (b, s, h, d), or (t, h, d) of a packed batch.
 fa::RowTensor row_tensor(Tensor const& t) {
   bool const packed = t.dim() == 3;
@@ -57,6 +71,8 @@ fa::LayoutParams layout_of(Tensor const& q, Tensor const& k, Tensor const& lse,
                            OptionalTensor const& seqused_k, OptionalTensor const& leftpad_k,
                            OptionalTensor const& cache_batch_idx, OptionalTensor const& block_table,
                            int64_t max_seqlen_q, int64_t max_seqlen_k) {
+  check_device_of(
+      q, {&cu_seqlens_q, &cu_seqlens_k, &seqused_k, &leftpad_k, &cache_batch_idx, &block_table});
   fa::LayoutParams layout;
   layout.cu_seqlens_q = data_or_null<int32_t>(cu_seqlens_q);
   layout.cu_seqlens_k = data_or_null<int32_t>(cu_seqlens_k);
@@ -68,11 +84,13 @@ fa::LayoutParams layout_of(Tensor const& q, Tensor const& k, Tensor const& lse,
   layout.h_q = q.size(q.dim() - 2);
   layout.h_kv = k.size(k.dim() - 2);
   layout.d = q.size(q.dim() - 1);
-  layout.s_q = max_seqlen_q;
-  layout.s_k = max_seqlen_k;
   layout.total_q = cu_seqlens_q ? q.size(0) : q.size(1);
   layout.total_k = block_table ? block_table->size(1) * k.size(1) : k.size(k.dim() - 3);
+  // The largest lengths are bounds of a caller's, which may be any number.
+  layout.s_q = fa::clamped(max_seqlen_q, layout.total_q);
+  layout.s_k = fa::clamped(max_seqlen_k, layout.total_k);
   layout.cache_rows = k.size(0);
+  if (!cu_seqlens_q) layout.caller = fa::Caller::kCache;
   if (block_table) {
     layout.block_table_stride = block_table->stride(0);
     layout.page_size = k.size(1);
@@ -88,8 +106,11 @@ fa::ScoreParams score_of(OptionalTensor const& alibi_slopes, OptionalTensor cons
   fa::ScoreParams score;
   score.softmax_scale = softmax_scale;
   score.softcap = softcap;
-  score.window_left = window_left;
-  score.window_right = causal ? 0 : window_right;
+  // Farther than any key: sums of positions and windows stay within 64 bits.
+  constexpr int64_t kFar = int64_t{1} << 40;
+  auto const side = [](int64_t keys) { return keys < 0 || keys > kFar ? int64_t{-1} : keys; };
+  score.window_left = side(window_left);
+  score.window_right = causal ? 0 : side(window_right);
   score.alibi = data_or_null<float>(alibi_slopes);
   score.alibi_batch_stride = alibi_slopes && alibi_slopes->dim() == 2 ? alibi_slopes->stride(0) : 0;
   score.dropout_p = dropout_p;
@@ -208,10 +229,15 @@ void* current_stream(int32_t device) {
   return stream;
 }
 
+// A cache call appends and then attends: what its first half finds is for the next call to raise.
+thread_local bool is_second_half = false;
+
 void forward_on_gpu(ForwardCall const& call) {
   int32_t const device = call.q.get_device_index();
   torch::stable::accelerator::DeviceGuard const guard(device);
-  fa::ForwardParams const params = call.params();
+  if (!std::exchange(is_second_half, false)) fa::sm80::raise_fault(device);
+  fa::ForwardParams params = call.params();
+  params.layout.faults = fa::sm80::fault_word(device);
   fa::sm80::ForwardPlan const plan =
       fa::sm80::plan_forward(params, fa::sm80::processors_of(device));
   OptionalTensor scratch;  // of PyTorch's allocator, so that CUDA graphs own it too
@@ -223,7 +249,7 @@ void forward_on_gpu(ForwardCall const& call) {
 }
 #endif
 
-template <void (*kRun)(fa::BackwardParams const&, Tensor const& delta)>
+template <void (*kRun)(fa::BackwardParams, Tensor const& delta)>
 void backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor dq,
               Tensor dk, Tensor dv, Tensor delta, OptionalTensor cu_seqlens_q,
               OptionalTensor cu_seqlens_k, OptionalTensor alibi_slopes, OptionalTensor rng_state,
@@ -233,6 +259,7 @@ void backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
   params.dtype = dtype_of(q);
   params.layout = layout_of(q, k, lse, cu_seqlens_q, cu_seqlens_k, std::nullopt, std::nullopt,
                             std::nullopt, std::nullopt, max_seqlen_q, max_seqlen_k);
+  params.layout.caller = fa::Caller::kVarlenBackward;
   params.score = score_of(alibi_slopes, rng_state, softmax_scale, causal, window_left, window_right,
                           softcap, dropout_p);
   params.q = row_tensor(q);
@@ -251,14 +278,16 @@ void backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
   kRun(params, delta);
 }
 
-void backward_on_cpu(fa::BackwardParams const& params, Tensor const&) {
+void backward_on_cpu(fa::BackwardParams params, Tensor const&) {
   fa::cpu::backward(params, torch_threads());
 }
 
 #if defined(FLASH_ATTN_WITH_CUDA)
-void backward_on_gpu(fa::BackwardParams const& params, Tensor const& delta) {
+void backward_on_gpu(fa::BackwardParams params, Tensor const& delta) {
   int32_t const device = delta.get_device_index();
   torch::stable::accelerator::DeviceGuard const guard(device);
+  fa::sm80::raise_fault(device);
+  params.layout.faults = fa::sm80::fault_word(device);
   fa::sm80::BackwardScratch const need = fa::sm80::backward_scratch(params);
   OptionalTensor scratch, tickets;
   if (need.floats > 0) scratch = torch::stable::new_empty(delta, {need.floats});
@@ -310,7 +339,7 @@ fa::AppendParams append_params(Tensor const& q, OptionalTensor const& q_rotated,
   return params;
 }
 
-template <void (*kRun)(fa::AppendParams const&, int32_t device)>
+template <void (*kRun)(fa::AppendParams, int32_t device)>
 void append(Tensor q, OptionalTensor q_rotated, Tensor k_new, Tensor v_new, Tensor k_cache,
             Tensor v_cache, Tensor cache_seqlens, OptionalTensor cache_batch_idx,
             OptionalTensor block_table, OptionalTensor rotary_cos, OptionalTensor rotary_sin,
@@ -320,13 +349,14 @@ void append(Tensor q, OptionalTensor q_rotated, Tensor k_new, Tensor v_new, Tens
        q.get_device_index());
 }
 
-void append_on_cpu(fa::AppendParams const& params, int32_t) {
-  fa::cpu::append(params, torch_threads());
-}
+void append_on_cpu(fa::AppendParams params, int32_t) { fa::cpu::append(params, torch_threads()); }
 
 #if defined(FLASH_ATTN_WITH_CUDA)
-void append_on_gpu(fa::AppendParams const& params, int32_t device) {
+void append_on_gpu(fa::AppendParams params, int32_t device) {
   torch::stable::accelerator::DeviceGuard const guard(device);
+  fa::sm80::raise_fault(device);
+  is_second_half = true;
+  params.faults = fa::sm80::fault_word(device);
   fa::sm80::append(params, current_stream(device));
 }
 #endif
@@ -338,6 +368,11 @@ void plan(Tensor fields, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_
           OptionalTensor seqused_k, OptionalTensor leftpad_k, int64_t b, int64_t s_q, int64_t s_k,
           int64_t h_q, int64_t h_kv, int64_t d, int64_t total_q, int64_t num_splits,
           bool deterministic, int64_t num_multiprocessors) {
+  STD_TORCH_CHECK(fields.is_cpu() && fields.scalar_type() == ScalarType::Long &&
+                      fields.dim() == 1 && fields.size(0) == 7,
+                  "flash_attn: a plan is written to seven int64 on the CPU");
+  if (num_multiprocessors == 0)
+    check_device_of(fields, {&cu_seqlens_q, &cu_seqlens_k, &seqused_k, &leftpad_k});
   fa::ForwardParams params;
   params.layout.cu_seqlens_q = data_or_null<int32_t>(cu_seqlens_q);
   params.layout.cu_seqlens_k = data_or_null<int32_t>(cu_seqlens_k);
@@ -376,6 +411,15 @@ void plan(Tensor fields, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_
   field[4] = chosen.segmentation.extent;
   field[5] = num_threads;
   field[6] = fa::contract::kCpuBlockKeys;
+}
+
+// Raises the fault that earlier calls on a GPU have left, if any; does not wait for it.
+void check_device(int64_t device) {
+#if defined(FLASH_ATTN_WITH_CUDA)
+  fa::sm80::raise_fault(static_cast<int>(device));
+#else
+  static_cast<void>(device);
+#endif
 }
 
 // What FLASH_ATTN_CUDA_ARCHS was when the NVIDIA kernels were built; empty without any.
@@ -426,6 +470,7 @@ STABLE_TORCH_LIBRARY(flash_attn_native, m) {
       "Tensor? leftpad_k, "
       "int b, int s_q, int s_k, int h_q, int h_kv, int d, int total_q, int num_splits, bool "
       "deterministic, int num_multiprocessors) -> ()");
+  m.def("check_device(int device) -> ()");
   m.def("cuda_archs() -> str");
   m.def("segment_begin(int segment, bool on_gpu) -> int");
   m.def("cpu_isa() -> str");
@@ -447,6 +492,7 @@ STABLE_TORCH_LIBRARY_IMPL(flash_attn_native, CUDA, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(flash_attn_native, CompositeExplicitAutograd, m) {
   m.impl("plan", TORCH_BOX(&plan));
+  m.impl("check_device", TORCH_BOX(&check_device));
   m.impl("cuda_archs", TORCH_BOX(&cuda_archs));
   m.impl("segment_begin", TORCH_BOX(&segment_begin));
   m.impl("cpu_isa", TORCH_BOX(&cpu_isa));

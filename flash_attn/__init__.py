@@ -14,6 +14,7 @@ from flash_attn.determinism import (
     reduce_partials,
     set_deterministic,
 )
+from flash_attn.faults import check_device
 from flash_attn.flash_attn_interface import (
     flash_attn_func,
     flash_attn_kvpacked_func,
@@ -25,6 +26,7 @@ from flash_attn.flash_attn_interface import (
 )
 
 __all__ = [
+    "check_device",
     "deterministic",
     "explain",
     "flash_attn_func",

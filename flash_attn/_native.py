@@ -393,6 +393,11 @@ def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def check_device(index: int) -> None:
+    """Raises what the kernels of a GPU have noted as wrong, and forgets it; does not wait."""
+    _library.check_device(index)
+
+
 def cuda_archs() -> list[str]:
     """The NVIDIA architectures that this library holds kernels for, as "80"."""
     return [arch for arch in str(_library.cuda_archs()).split(";") if arch]

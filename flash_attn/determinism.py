@@ -145,8 +145,9 @@ class Partials:
 
     Attributes:
         out: fp32 (n_segments, *q.shape), sums of p v, relative to max_log2 and not normalised.
-        max_log2: fp32 (n_segments, *softmax_lse.shape), the reference of the state: an integer, in
-            log2 units; -inf where the row sees nothing of the segment.
+        max_log2: fp32 (n_segments, *softmax_lse.shape), the reference of the state, in log2 units:
+            an integer where the row's keys lie in several segments; -inf where it sees none of
+            this one.
         sum: fp32, as max_log2: the sum of p, relative to max_log2.
     """
 
@@ -237,7 +238,8 @@ def _rows_like_q(x: Tensor) -> Tensor:
 def reduce_partials(partials: Partials, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Folds partials in ascending order in plain PyTorch, bit for bit as the kernels do.
 
-    References are integers in log2 units, so weights are powers of two, and a fold rounds once:
+    References of a row that has several are integers in log2 units, so weights are powers of two,
+    and a fold rounds once:
     O' = fma(O2, 2^(M2 - M'), O1 2^(M1 - M')), the same for the sums, where M' is M2 if that lies
     more than 8 above M1, else M1. What lies more than 126 below M' counts as nothing.
 

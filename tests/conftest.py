@@ -10,6 +10,7 @@ import pytest
 import torch
 from device import DEVICE, ON_GPU
 
+import flash_attn
 from flash_attn import determinism
 
 # The standard mode's plan looks at the number of threads, so tests see the same one everywhere.
@@ -85,6 +86,8 @@ def process_state():
     torch_warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.manual_seed(0)
     yield
+    if ON_GPU:
+        flash_attn.check_device()  # a test that gives a call nonsense asks for the fault itself
     determinism._process_default = default_mode
     torch.use_deterministic_algorithms(torch_mode, warn_only=torch_warn_only)
     torch.set_num_threads(TEST_THREADS)

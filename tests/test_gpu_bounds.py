@@ -1,9 +1,11 @@
 """Index tensors on a GPU that hold nonsense: nobody reads them on the host, the kernels bound them.
 
 Without FLASH_ATTN_CHECK such a call returns something, and writes to nothing but its own tensors:
-each of them lies between two fences. With FLASH_ATTN_CHECK=1 the rule that it breaks refuses it.
+each of them lies between two fences. A later call, or check_device, raises what was wrong. With
+FLASH_ATTN_CHECK=1 the rule that it breaks refuses it.
 """
 
+import re
 from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -13,7 +15,12 @@ import torch
 from device import DEVICE
 from strategies import autograd
 
-from flash_attn import determinism, flash_attn_varlen_func, flash_attn_with_kvcache
+from flash_attn import (
+    check_device,
+    determinism,
+    flash_attn_varlen_func,
+    flash_attn_with_kvcache,
+)
 from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 from flash_attn.testing import assert_bitwise_equal
 
@@ -69,6 +76,13 @@ class Bad(NamedTuple):
     changes: dict[str, Any]
     rule: str  # words of the message
     first_is_good: bool  # the first sequence of the batch is untouched by the changes
+
+    def late_words(self) -> str:
+        """What the late message says: it names the tensor, if not which rule was first seen."""
+        if "page" in self.rule or "capacity of block_table" in self.rule:
+            return "block_table"
+        name = next(iter(self.changes))
+        return {"cache_seqlens": "cache_seqlens|cos/sin seqlen"}.get(name, name)
 
     def tensors(self, fences: Fences, changed: bool) -> dict[str, Any]:
         chosen = self.arguments | (self.changes if changed else {})
@@ -214,6 +228,19 @@ def bad_calls() -> list[Any]:
     return cases
 
 
+def faults_left() -> list[str]:
+    """What check_device raises until it is silent: one fault, or one more that came late."""
+    messages: list[str] = []
+    while len(messages) < 4:
+        try:
+            check_device()
+        except RuntimeError as error:
+            messages.append(str(error))
+        else:
+            break
+    return messages
+
+
 every_bad_call = pytest.mark.parametrize("bad", bad_calls())
 modes = pytest.mark.parametrize("deterministic", [True, False], ids=["deterministic", "standard"])
 
@@ -225,16 +252,25 @@ def first_result(results):
 @every_bad_call
 @modes
 def test_a_bad_call_stays_inside_its_tensors(bad, deterministic, monkeypatch):
-    """It ends without a fault, every fence is whole, and a good neighbour keeps its bytes."""
+    """Every fence is whole, a good neighbour keeps its bytes, and the fault is raised, late."""
     monkeypatch.delenv("FLASH_ATTN_CHECK", raising=False)
     fences = Fences()
     determinism.set_deterministic(deterministic)
     good, spoilt = (bad.tensors(fences, changed) for changed in (False, True))
     expected = first_result(bad.call(**good))
-    with fences.around_what_is_allocated():
-        out = first_result(bad.call(**spoilt))
+    check_device()  # the control: a good call leaves nothing to raise
+    out, raised = None, ""
+    try:
+        with fences.around_what_is_allocated():
+            out = first_result(bad.call(**spoilt))
+    except RuntimeError as error:  # by a later one of the calls that this call consists of
+        raised = str(error)
     torch.cuda.synchronize()
     fences.assert_whole()
+    found = faults_left()
+    for message in [raised] if raised else found:
+        assert re.search(bad.late_words(), message), message
+    assert raised or found, "nobody learns of it"
     if bad.first_is_good and deterministic:
         assert_bitwise_equal(out[0], expected[0], "out of the sequence that is well")
 

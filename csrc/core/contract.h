@@ -5,11 +5,15 @@
 // sequence, and nothing else: a launch's extent, its neighbours and its hardware cannot be passed
 // in, so they cannot reach a bit.
 //
-//   Blocks: N consecutive keys (per family, below); the online softmax moves its reference once a
-//   block.
+//   Blocks: N consecutive keys (per family, below). The online softmax moves its reference at most
+//   once a block, and then to the largest score: a row that sees one key has a probability of 1.
 //
 //   Segments: the keys between two neighbours of a fixed, growing ladder of boundaries; the unit
 //   that may run elsewhere.
+//
+//   Closing: where a row's keys lie in several segments, the reference of each becomes an integer
+//   at the segment's end. A row whose keys lie in one segment keeps its reference: nothing is
+//   folded, and nothing is multiplied.
 //
 //   Fold: closed segments are added in ascending order, each with a fused multiply-add by an exact
 //   power of two: one rounding a fold.
@@ -33,12 +37,23 @@ static constexpr int64_t kCpuBlockKeys = 64;
 static constexpr int64_t kSm80BlockKeys = 64;
 // Queries a block of the CPU family's dK and dV, counted from the sequence's first query.
 static constexpr int64_t kCpuBlockQueries = 96;
-// How far above its reference, in log2 units, a score may lie in the sm80 family before the
-// reference moves to it; in the CPU family it moves with the maximum. Sums are then seldom
-// multiplied. Probabilities are up to 8, which rounds them no worse; only a row's largest is
-// exactly 1 no more.
+// In the CPU family a row's reference follows the largest score. In the sm80 family a block whose
+// largest score lies above the reference moves it: to that score, so that its probability is 1; but
+// where the block is flat, to kSm80Slack above the next integer, so that the reference seldom moves
+// again. Where few keys carry a row, the rounding error of the largest probability goes straight
+// into the output, and 1 has none; where many do, their errors cancel.
+//
+// A block is flat when each class of its keys has a score within kSm80Near (log2 units) of the
+// largest one.
 static constexpr float kSm80Slack = 3.0f;
-// The same for the references of segments and that of the fold, in every family.
+static constexpr float kSm80Near = 4.0f;
+// Classes of a block's keys: what one of the four lanes that share a row of the tensor cores'
+// results has. Known to the kernels by their layout.
+static constexpr int key_class(int key_in_block) { return key_in_block % 8 / 2; }
+static constexpr int kNumKeyClasses = 4;
+
+// How far above the fold's reference that of a segment may lie before the fold's moves to it, in
+// every family.
 static constexpr float kFoldSlack = 8.0f;
 
 // A ladder says where segments begin. Short segments give a short context its parallelism, long
@@ -99,6 +114,13 @@ struct KeyRange {
   int64_t begin, end;  // half open; empty when begin >= end
 };
 
+// Whether a row that sees these keys is closed at the end of a segment [segment_begin,
+// segment_end).
+FA_HOST_DEVICE static inline bool closes(KeyRange seen, int64_t segment_begin,
+                                         int64_t segment_end) {
+  return seen.begin < segment_begin || seen.end > segment_end;
+}
+
 // A row that is NaN has one NaN, whatever instruction made it.
 FA_HOST_DEVICE static inline float canonical_nan() {
   return std::numeric_limits<float>::quiet_NaN();
@@ -147,8 +169,9 @@ FA_HOST_DEVICE static inline float fold_reference(float reference, float part_re
   return part_reference > reference + kFoldSlack ? part_reference : reference;
 }
 
-// The weight 2^(reference - common). Both are integers (or -inf for "saw nothing", NaN for "is NaN
-// already"), `reference` at most kFoldSlack above; anything 2^126 and more below counts as nothing.
+// The weight 2^(reference - common). Both are the same or integers (or -inf for "saw nothing", NaN
+// for "is NaN already"), `reference` at most kFoldSlack above; anything 2^126 and more below counts
+// as nothing.
 FA_HOST_DEVICE static inline float fold_weight(float reference, float common) {
   float const difference = reference - common;
   return difference >= -126.0f ? power_of_two(static_cast<int>(difference)) : 0.0f;

@@ -35,6 +35,9 @@ struct ScoreParams {
 
 constexpr int64_t kUnbounded = INT64_MAX;
 
+// Which call a fault is told of (core/faults.h).
+enum class Caller : int { kVarlen, kVarlenBackward, kCache };
+
 // Where the sequences of a batch lie.
 struct LayoutParams {
   int64_t b = 0, h_q = 0, h_kv = 0, d = 0;
@@ -51,8 +54,10 @@ struct LayoutParams {
   int64_t total_q = kUnbounded;     // tokens of a packed q, or s_q
   int64_t total_k = kUnbounded;     // tokens of a packed k, or rows of one sequence in the cache
   int64_t cache_rows = kUnbounded;  // batch rows of k, or pages
-  int64_t lse_batch_stride = 0;     // dense: h_q * s_q; packed: 0
-  int64_t lse_head_stride = 0;      // dense: s_q; packed: total queries
+  uint64_t* faults = nullptr;       // where a kernel writes a Fault, null: nobody reads it
+  Caller caller = Caller::kVarlen;
+  int64_t lse_batch_stride = 0;  // dense: h_q * s_q; packed: 0
+  int64_t lse_head_stride = 0;   // dense: s_q; packed: total queries
 };
 
 // How a call is scheduled. In deterministic mode nothing here can change a bit.
@@ -65,7 +70,8 @@ struct PlanParams {
 // row's lse index.
 struct PartialBuffers {
   float* out = nullptr;       // [n_segments, rows, d], relative to max_log2 and not normalised
-  float* max_log2 = nullptr;  // [n_segments, rows], an integer in log2 units, -inf: saw nothing
+  float* max_log2 = nullptr;  // [n_segments, rows], log2 units, -inf: saw nothing; an integer where
+                              // the row sees keys of several segments
   float* sum = nullptr;       // [n_segments, rows]
   int64_t rows = 0;           // rows of one segment
 };
@@ -108,10 +114,11 @@ struct AppendParams {
   int32_t const* cache_batch_idx = nullptr;  // [b], may be null
   int32_t const* block_table = nullptr;      // [b, max_pages], may be null
   int64_t block_table_stride = 0, page_size = 0;
-  int64_t capacity = 0;       // positions of one sequence in the cache
-  int64_t cache_rows = 0;     // rows of the cache, or pages
-  int64_t rotary_rows = 0;    // s_rotary
-  void const* cos = nullptr;  // [s_rotary, rotary_dim / 2] in dtype, may be null: no rotation
+  int64_t capacity = 0;        // positions of one sequence in the cache
+  int64_t cache_rows = 0;      // rows of the cache, or pages
+  int64_t rotary_rows = 0;     // s_rotary
+  uint64_t* faults = nullptr;  // as in LayoutParams
+  void const* cos = nullptr;   // [s_rotary, rotary_dim / 2] in dtype, may be null: no rotation
   void const* sin = nullptr;
   int64_t rotary_dim = 0;
   bool interleaved = false;         // pairs (0, 1), (2, 3) ... instead of (i, i + rotary_dim / 2)

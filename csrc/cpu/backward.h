@@ -112,6 +112,8 @@ struct BackwardTile {
       BlockView const seen = view_block(rows[r], block_begin);
       Vec const minus_lse = broadcast(0.0f - lse(rows[r])), row_delta = broadcast(*delta(rows[r]));
       alignas(64) float keep[kBlockKeys];
+      bool const lone =
+          rows[r].visible.end - rows[r].visible.begin == 1 && std::isfinite(lse(rows[r]));
       bool const drops = params.score.dropout_p > 0.0;
       if (drops) {
         dropout_factors(params.score, batch, rows[r].head, rows[r].query, block_begin, kBlockKeys,
@@ -132,7 +134,9 @@ struct BackwardTile {
                                      multiply_add(minus_lse, broadcast(kLog2EHigh), score)));
         Vec dp = load(ds);
         if (drops) dp = dp * load(keep + v * kLanes);
-        Vec gradient = p * (dp - row_delta);
+        // A row that sees one key has P = 1 and dS = 0, of which lse and delta keep roundings.
+        if (lone) p = one;
+        Vec gradient = (lone ? zero : p) * (dp - row_delta);
         if (scale.cap > 0.0f) gradient = gradient * (one - tanh * tanh);
         if (drops) p = p * load(keep + v * kLanes);
         store(s, keep_lanes(p, kept.begin, kept.end, zero));

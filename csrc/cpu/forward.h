@@ -66,7 +66,9 @@ static void forward_tile(ForwardParams const& params, QueryTile const& tile,
   for (auto const& t : heads) t.load_queries(), t.open_fold();
 
   for (int64_t segment = segment_begin; segment < segment_end; ++segment) {  // ascending
-    int64_t begin = segmentation.begin(segment), end = segmentation.begin(segment + 1);
+    int64_t const first_key = segmentation.begin(segment);
+    int64_t const end_key = segmentation.begin(segment + 1);
+    int64_t begin = first_key, end = end_key;
     if (begin < visible.begin) begin = visible.begin / kBlockKeys * kBlockKeys;
     if (end > visible.end) end = visible.end;
     if (begin >= end && !partials) continue;
@@ -84,7 +86,7 @@ static void forward_tile(ForwardParams const& params, QueryTile const& tile,
         }
       }
     }
-    for (auto const& t : heads) t.close_segment(segment, partials);
+    for (auto const& t : heads) t.close_segment(segment, first_key, end_key, partials);
   }
   if (partials) return;
   for (auto const& t : heads) {

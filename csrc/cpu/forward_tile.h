@@ -234,15 +234,17 @@ struct ForwardTile {
   }
 
   // A row's segment moved to the reference ceil(m), once: its O still has to be multiplied by
-  // weight.
+  // weight. A row that sees this segment alone is not moved.
   struct Closed {
     float reference, sum, weight;
   };
-  Closed close_row(int64_t r) const {
-    float const m = scratch.m[r], reference = std::ceil(m);
+  Closed close_row(int64_t r, int64_t segment_begin, int64_t segment_end) const {
+    float const m = scratch.m[r], sum = sum_of_lanes(load(scratch.l + r * kLanes));
+    if (!contract::closes(row(r).visible, segment_begin, segment_end)) return {m, sum, 1.0f};
+    float const reference = std::ceil(m);
     alignas(64) float weight[kLanes];
     store(weight, exp2_of(broadcast(m == -kInfinity ? 0.0f : m - reference)));
-    return {reference, sum_of_lanes(load(scratch.l + r * kLanes)) * weight[0], weight[0]};
+    return {reference, sum * weight[0], weight[0]};
   }
 
   // The fold of contract.h.
@@ -293,11 +295,12 @@ struct ForwardTile {
     partials.sum[index] = closed.sum;
   }
 
-  // Closes a segment: hands its rows on, or folds them.
-  void close_segment(int64_t segment, PartialBuffers const* partials) const {
+  // Closes segment `segment`, keys [begin, end): hands its rows on, or folds them.
+  void close_segment(int64_t segment, int64_t begin, int64_t end,
+                     PartialBuffers const* partials) const {
     for (int64_t r = 0; r < tile.num_rows; ++r) {
       if (scratch.m[r] > scratch.m_row[r]) scratch.m_row[r] = scratch.m[r];
-      Closed const closed = close_row(r);
+      Closed const closed = close_row(r, begin, end);
       if (partials) {
         emit(*partials, segment, r, closed);
       } else {

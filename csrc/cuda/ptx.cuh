@@ -37,6 +37,11 @@ __device__ __forceinline__ void wait_copies() {
 __device__ __forceinline__ void store_pair(uint32_t to, uint32_t both) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(both) : "memory");
 }
+__device__ __forceinline__ uint32_t load_pair(uint32_t from) {
+  uint32_t both;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(both) : "r"(from) : "memory");
+  return both;
+}
 
 // Four 8 x 8 matrices of 16-bit elements: lane i names row i % 8 of matrix i / 8.
 __device__ __forceinline__ void load_matrix(uint32_t (&r)[4], uint32_t address) {
@@ -128,6 +133,10 @@ constexpr unsigned kFullWarp = 0xffffffffu;
 __device__ __forceinline__ float sum_of_quad(float x) {
   x += __shfl_xor_sync(kFullWarp, x, 1);
   return x + __shfl_xor_sync(kFullWarp, x, 2);
+}
+// Whether all four lanes say yes.
+__device__ __forceinline__ bool all_of_quad(bool yes) {
+  return (__ballot_sync(kFullWarp, yes) >> (threadIdx.x % 32 / 4 * 4) & 0xf) == 0xf;
 }
 __device__ __forceinline__ float max_of_quad(float x) {
   x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, 1));

@@ -5,6 +5,7 @@
 #include "csrc/cuda/convert.cuh"
 #include "csrc/cuda/errors.cuh"
 #include "csrc/sm80/family.h"
+#include "csrc/sm80/faults.h"
 
 namespace fa::sm80 {
 namespace {
@@ -42,13 +43,15 @@ template <class Element>
 __device__ void append_row(AppendParams const& p, int64_t index, int lane) {
   int64_t const head = index % p.h_kv, i = index / p.h_kv % p.s_new, b = index / p.h_kv / p.s_new;
   int64_t const position = p.cache_seqlens[b] + i;
-  if (position < 0 || position >= p.capacity) return;
+  auto const fault = [&](Faulty what, int64_t entry, int64_t value) {
+    if (lane == 0) report(p.faults, {what, Caller::kCache, entry, value});
+  };
+  if (position < 0 || position >= p.capacity) return fault(Faulty::kAppend, b, position);
   int64_t cache_batch = p.cache_batch_idx ? p.cache_batch_idx[b] : b, cache_row = position;
-  if (p.block_table) {
-    cache_batch = p.block_table[b * p.block_table_stride + position / p.page_size];
-    cache_row = position % p.page_size;
-  }
-  if (cache_batch < 0 || cache_batch >= p.cache_rows) return;
+  int64_t const entry = p.block_table ? b * p.block_table_stride + position / p.page_size : b;
+  if (p.block_table) cache_batch = p.block_table[entry], cache_row = position % p.page_size;
+  if (cache_batch < 0 || cache_batch >= p.cache_rows)
+    return fault(p.block_table ? Faulty::kBlockTable : Faulty::kCacheBatchIdx, entry, cache_batch);
   Element* const k = row_of<Element>(p.k_cache, cache_batch, cache_row, head);
   Element* const v = row_of<Element>(p.v_cache, cache_batch, cache_row, head);
   Element const* const k_new = row_of<Element>(p.k_new, b, i, head);
@@ -65,7 +68,10 @@ template <class Element>
 __device__ void rotate_query(AppendParams const& p, int64_t index, int lane) {
   int64_t const head = index % p.h_q, i = index / p.h_q % p.s_q, b = index / p.h_q / p.s_q;
   int64_t position = p.cache_seqlens[b] + (p.rotate_by_position ? i : 0);
-  position = position < 0 ? 0 : position < p.rotary_rows ? position : p.rotary_rows - 1;
+  if (position < 0 || position >= p.rotary_rows) {
+    if (lane == 0) report(p.faults, {Faulty::kRotary, Caller::kCache, b, position});
+    position = position < 0 ? 0 : p.rotary_rows - 1;
+  }
   rotate_row(p, row_of<Element>(p.q_rotated, b, i, head), row_of<Element>(p.q, b, i, head),
              position, lane);
 }

@@ -6,7 +6,8 @@
 
 #include "csrc/sm80/backward_scores.cuh"
 #include "csrc/sm80/backward_traits.h"
-#include "csrc/sm80/order.h"
+#include "csrc/sm80/faults.h"
+#include "csrc/sm80/pack_tiles.h"
 
 namespace fa::sm80 {
 
@@ -31,11 +32,15 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksAProcessor) void k
   int const warp = threadIdx.x / 32, lane = threadIdx.x % 32, d = static_cast<int>(layout.d);
 
   int const h_kv = static_cast<int>(layout.h_kv), b = static_cast<int>(layout.b);
+  int const block_index = static_cast<int>(blockIdx.x);
   Place const place =
-      place_of(static_cast<int>(blockIdx.x), h_kv * b, launch.tiles, launch.section);
+      launch.slots > 0
+          ? key_tiles(layout, Traits::kRows).at(block_index / h_kv, block_index % h_kv, h_kv)
+          : place_of(block_index, h_kv * b, launch.tiles, launch.section);
   int const head_kv = place.head % h_kv, batch = place.head / h_kv;
   int const tile = place.rank;  // early keys are seen by more queries
   int const group = static_cast<int>(layout.h_q / layout.h_kv);
+  if (threadIdx.x == 0 && head_kv == 0 && tile == 0) report_sequence(layout, batch);
   Sequence const s = sequence_of(layout, batch);
   int const s_q = static_cast<int>(s.s_q), s_k = static_cast<int>(s.s_k);
   int const first_key = tile * Traits::kRows, warp_row = warp * kWarpRows;
@@ -99,7 +104,8 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksAProcessor) void k
       Product<kTiles, kBlock / 8> p, ds;
       multiply_rows<Element, kD, kTiles, kBlock / 8>(p, k, warp_row, q, 0, lane);
       multiply_rows<Element, kD, kTiles, kBlock / 8>(ds, v, warp_row, dout, 0, lane);
-      if (!mask.every(block, block + kBlock, begin_key, end_key)) {
+      bool const masked = !mask.every(block, block + kBlock, begin_key, end_key);
+      if (masked) {
         mask_scores<kTiles, kBlock / 8>(p, ds, [&](int row, int column) {
           return mask.sees(block + lane % 4 * 2 + column, begin_key + lane / 4 + row);
         });
@@ -132,6 +138,20 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksAProcessor) void k
                                                  launch.scale, row, key, keep);
           }
         }
+      static_assert(kBlock == 32, "a lane asks for one query");
+      unsigned const lone = masked ? __ballot_sync(kFullWarp, mask.sees_one(block + lane)) : 0;
+      if (lone != 0) {
+        float const kept = Traits::kFeatures && launch.scale.drops ? launch.scale.keep.scale : 1.0f;
+#pragma unroll
+        for (int n = 0; n < kBlock / 8; ++n)
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            if (!(lone >> (n * 8 + lane % 4 * 2 + i) & 1)) continue;
+#pragma unroll
+            for (int r = 0; r < 2 * kTiles; ++r)
+              settle_lone(p[r / 2][n][r % 2 * 2 + i], ds[r / 2][n][r % 2 * 2 + i], kept);
+          }
+      }
       if constexpr (kWantsDv) add_product<Element, kD, kTiles, kBlock / 8>(dv, p, dout, 0, lane);
       if constexpr (kWantsDk) add_product<Element, kD, kTiles, kBlock / 8>(dk, ds, q, 0, lane);
     }

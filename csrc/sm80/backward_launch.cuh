@@ -14,11 +14,10 @@ namespace fa::sm80 {
 // `read_again` rows of two tensors.
 template <class Traits>
 void launch_tiles(void (*kernel)(BackwardLaunch), int shared_bytes, int64_t heads, int64_t length,
-                  int64_t read_again, BackwardLaunch launch, cudaStream_t stream) {
-  heads *= launch.call.layout.b;
-  launch.tiles = static_cast<int>((length + Traits::kRows - 1) / Traits::kRows);
-  launch.section = heads_a_section(read_again * Traits::kD * 4, heads);
-  int64_t const blocks = launch.tiles * heads;
+                  int64_t read_again, PackTiles const& pack, BackwardLaunch launch,
+                  cudaStream_t stream) {
+  launch.section = heads_a_section(read_again * Traits::kD * 4, heads * launch.call.layout.b);
+  int64_t const blocks = count_tiles(launch, pack, length, heads);
   if (blocks == 0) return;
   constexpr int kDefaultBytes = 48 * 1024;
   if (shared_bytes > kDefaultBytes) {
@@ -43,8 +42,8 @@ void launch_key_walk(BackwardLaunch const& given, cudaStream_t stream) {
   BackwardLaunch launch = given;
   LayoutParams const& layout = launch.call.layout;
   int64_t const heads = layout.h_kv * layout.b;
-  launch.tiles = static_cast<int>((layout.s_k + Traits::kKeys - 1) / Traits::kKeys);
-  int64_t const blocks = launch.tiles * heads;
+  int64_t const blocks =
+      count_tiles(launch, key_tiles(layout, Traits::kKeys), layout.s_k, layout.h_kv);
   if (blocks == 0) return;
   launch.section =
       heads_a_walk(launch.processors.count * Traits::kBlocksAProcessor, launch.tiles, heads);
@@ -62,7 +61,8 @@ template <class Traits>
 void launch_query_tiles(BackwardLaunch const& launch, cudaStream_t stream) {
   constexpr int kBytes = Traits::kTensorBytes + static_cast<int>(sizeof(QueryTileShared<Traits>));
   LayoutParams const& layout = launch.call.layout;
-  launch_tiles<Traits>(query_tile_kernel<Traits>, kBytes, layout.h_q, layout.s_q, layout.s_k,
+  PackTiles const pack{layout.cu_seqlens_q, layout.b, layout.total_q, 1, Traits::kRows};
+  launch_tiles<Traits>(query_tile_kernel<Traits>, kBytes, layout.h_q, layout.s_q, layout.s_k, pack,
                        launch, stream);
 }
 
@@ -72,7 +72,8 @@ void launch_key_tiles(BackwardLaunch const& launch, cudaStream_t stream) {
   LayoutParams const& layout = launch.call.layout;
   auto const run = [&](auto kernel) {
     launch_tiles<Traits>(kernel, kBytes, layout.h_kv, layout.s_k,
-                         layout.s_q * (layout.h_q / layout.h_kv), launch, stream);
+                         layout.s_q * (layout.h_q / layout.h_kv), key_tiles(layout, Traits::kRows),
+                         launch, stream);
   };
   if constexpr (Traits::kOneAfterTheOther) {
     run(key_tile_kernel<Traits, true, false>);

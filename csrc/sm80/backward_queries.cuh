@@ -4,7 +4,7 @@
 #include "csrc/sm80/backward_scores.cuh"
 #include "csrc/sm80/backward_traits.h"
 #include "csrc/sm80/key_tiles.cuh"
-#include "csrc/sm80/order.h"
+#include "csrc/sm80/pack_tiles.h"
 
 namespace fa::sm80 {
 
@@ -28,9 +28,13 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksAProcessor) void q
   int const warp = threadIdx.x / 32, lane = threadIdx.x % 32, d = static_cast<int>(layout.d);
 
   int const h_q = static_cast<int>(layout.h_q), b = static_cast<int>(layout.b);
-  Place const place = place_of(static_cast<int>(blockIdx.x), h_q * b, launch.tiles, launch.section);
+  int const block_index = static_cast<int>(blockIdx.x);
+  bool const in_slots = launch.slots > 0;
+  PackTiles const pack{layout.cu_seqlens_q, layout.b, layout.total_q, 1, Traits::kRows};
+  Place const place = in_slots ? pack.at(block_index / h_q, block_index % h_q, h_q)
+                               : place_of(block_index, h_q * b, launch.tiles, launch.section);
   int const head = place.head % h_q, batch = place.head / h_q;
-  int const tile = launch.tiles - 1 - place.rank;  // late tiles see more keys
+  int const tile = in_slots ? place.rank : launch.tiles - 1 - place.rank;  // late see more keys
   Sequence const s = sequence_of(layout, batch);
   int const s_q = static_cast<int>(s.s_q), s_k = static_cast<int>(s.s_k);
   int const first_row = tile * Traits::kRows, warp_row = warp * kWarpRows;
@@ -98,7 +102,8 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksAProcessor) void q
       Product<kTiles, kBlock / 8> p, ds;
       multiply_rows<Element, kD, kTiles, kBlock / 8>(p, q, warp_row, k, 0, lane);
       multiply_rows<Element, kD, kTiles, kBlock / 8>(ds, dout, warp_row, v, 0, lane);
-      if (!mask.every(begin_row, end_row, block, next)) {
+      bool const masked = !mask.every(begin_row, end_row, block, next);
+      if (masked) {
         mask_scores<kTiles, kBlock / 8>(p, ds, [&](int row, int column) {
           return mask.sees(begin_row + lane / 4 + row, block + lane % 4 * 2 + column);
         });
@@ -120,6 +125,17 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksAProcessor) void q
                 p[r / 2][n][r % 2 * 2 + i], ds[r / 2][n][r % 2 * 2 + i], lse_log2[r], delta[r],
                 launch.scale, row, key + i, i == 0 ? keep.x : keep.y);
           }
+        }
+      }
+      if (masked && __any_sync(kFullWarp, mask.sees_one(begin_row + lane % kWarpRows))) {
+#pragma unroll
+        for (int r = 0; r < 2 * kTiles; ++r) {
+          if (!mask.sees_one(begin_row + r / 2 * 16 + r % 2 * 8 + lane / 4)) continue;
+#pragma unroll
+          for (int n = 0; n < kBlock / 8; ++n)
+#pragma unroll
+            for (int i = r % 2 * 2; i < r % 2 * 2 + 2; ++i)
+              settle_lone(p[r / 2][n][i], ds[r / 2][n][i], 1.0f);
         }
       }
       add_product<Element, kD, kTiles, kBlock / 8>(dq, ds, k, 0, lane);

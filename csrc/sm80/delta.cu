@@ -9,6 +9,7 @@
 #include "csrc/cuda/convert.cuh"
 #include "csrc/cuda/errors.cuh"
 #include "csrc/cuda/tile.cuh"
+#include "csrc/sm80/backward_launch.h"
 #include "csrc/sm80/backward_scores.cuh"
 
 namespace fa::sm80 {
@@ -31,19 +32,24 @@ __device__ __forceinline__ float add_products(float sum, uint4 const& x, uint4 c
   return sum;
 }
 
+// Blocks of kQueries queries, in a pack by its tokens.
+FA_HOST_DEVICE PackTiles query_blocks(LayoutParams const& layout) {
+  return {layout.cu_seqlens_q, layout.b, layout.total_q, 1, kQueries};
+}
+
 // A thread block has kQueries queries of one sequence, and all their heads.
 template <class Element>
 __global__ __launch_bounds__(kThreads) void delta_kernel(
     __grid_constant__ BackwardLaunch const launch) {
   BackwardParams const& call = launch.call;
   LayoutParams const& layout = call.layout;
-  int64_t const block = int64_t{blockIdx.y} * gridDim.x + blockIdx.x;
-  int64_t const blocks_a_sequence = (layout.s_q + kQueries - 1) / kQueries;
-  int64_t const batch = block / blocks_a_sequence;
-  if (batch >= layout.b) return;
+  int const block = static_cast<int>(blockIdx.x);
+  Place const place = launch.slots > 0 ? query_blocks(layout).at(block, 0, 1)
+                                       : Place{block / launch.tiles, block % launch.tiles};
+  int64_t const batch = place.head;
   Sequence const s = sequence_of(layout, batch);
   int const lane = threadIdx.x % kLanes, d = static_cast<int>(layout.d);
-  int64_t const query = block % blocks_a_sequence * kQueries + threadIdx.x / kLanes;
+  int64_t const query = int64_t{place.rank} * kQueries + threadIdx.x / kLanes;
   unsigned const row_lanes = 0xffu << (threadIdx.x % 32 / kLanes * kLanes);
   if (query >= s.s_q) return;
   contract::KeyRange const seen =
@@ -82,18 +88,13 @@ __global__ __launch_bounds__(kThreads) void delta_kernel(
 
 }  // namespace
 
-void launch_delta(BackwardLaunch const& launch, cudaStream_t stream) {
+void launch_delta(BackwardLaunch launch, cudaStream_t stream) {
   LayoutParams const& layout = launch.call.layout;
-  int64_t const blocks = (layout.s_q + kQueries - 1) / kQueries * layout.b;
+  int64_t const blocks = count_tiles(launch, query_blocks(layout), layout.s_q, 1);
   if (blocks == 0 || layout.h_q == 0) return;
-  // b * s_q of a ragged pack is more than its tokens, and may be more than a line of blocks.
-  constexpr int64_t kLine = 0x7fffffff;
-  int64_t const lines = (blocks + kLine - 1) / kLine;
-  dim3 const grid(static_cast<unsigned>((blocks + lines - 1) / lines),
-                  static_cast<unsigned>(lines));
   bool const half = launch.call.dtype == DType::kFloat16;
   auto const kernel = half ? delta_kernel<__half> : delta_kernel<__nv_bfloat16>;
-  kernel<<<grid, kThreads, 0, stream>>>(launch);
+  kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(launch);
   cuda::check(cudaGetLastError());
 }
 

@@ -7,6 +7,6 @@
 
 namespace fa::sm80 {
 
-void launch_delta(BackwardLaunch const& launch, cudaStream_t stream);
+void launch_delta(BackwardLaunch launch, cudaStream_t stream);
 
 }  // namespace fa::sm80

@@ -5,6 +5,7 @@
 #include "csrc/cuda/errors.cuh"
 #include "csrc/cuda/score.cuh"
 #include "csrc/sm80/family.h"
+#include "csrc/sm80/pack_tiles.h"
 
 namespace fa::sm80 {
 namespace {
@@ -69,7 +70,7 @@ void write_dmask(ForwardParams const& call, void* stream) {
   if (rows == 0) return;
   auto const kernel =
       call.dtype == DType::kFloat16 ? dmask_kernel<__half> : dmask_kernel<__nv_bfloat16>;
-  kernel<<<static_cast<unsigned>((rows + kWarps - 1) / kWarps), 32 * kWarps, 0,
+  kernel<<<static_cast<unsigned>(checked_blocks((rows + kWarps - 1) / kWarps)), 32 * kWarps, 0,
            static_cast<cudaStream_t>(stream)>>>(call, ScoreScale::of(call.score));
   fa::cuda::check(cudaGetLastError());
 }

@@ -27,6 +27,7 @@ struct ForwardPlan {
   Company company = Company::kSome;
   int64_t tile_rows = 0;     //
   int64_t tiles = 0;         // query tiles of the longest sequence
+  int64_t slots = 0;         // of a pack, where they are fewer by far (pack_tiles.h); else 0
   int64_t num_segments = 0;  // of the longest sequence
   int64_t pieces = 1;        // parts that a tile's segments are cut into to run side by side
   Segmentation segmentation;
@@ -86,6 +87,7 @@ struct BackwardLaunch {
   BackwardParams call;
   cuda::ScoreScale scale;
   int tiles;     // of the longest sequence: of queries, or of keys
+  int slots;     // of a pack, where they are fewer by far (pack_tiles.h); else 0
   int section;   // heads that are worked on together
   bool aligned;  // every row lies on sixteen bytes
   // Of the kernel that walks once.

@@ -9,6 +9,7 @@
 #include "csrc/sm80/fold.h"
 #include "csrc/sm80/forward_launch.h"
 #include "csrc/sm80/order.h"
+#include "csrc/sm80/pack_tiles.h"
 #include "csrc/sm80/rest.cuh"
 
 namespace fa::sm80 {
@@ -141,7 +142,9 @@ ForwardPlan plan_forward(ForwardParams const& params, Processors const& processo
   plan.few_rows = rows <= kFewRows;
   plan.tile_rows = tile_rows(bucket, plan.few_rows);
   plan.tiles = ceil_div(rows, plan.tile_rows);
-  int64_t const tiles = plan.tiles * layout.h_kv * layout.b;
+  PackTiles const pack = query_tiles(layout, plan.tile_rows);
+  if (pack.are_fewer(plan.tiles, layout.h_kv)) plan.slots = pack.count();
+  int64_t const tiles = (plan.slots > 0 ? plan.slots : plan.tiles * layout.b) * layout.h_kv;
   int64_t const places = processors.count * blocks_a_processor(bucket, plan.few_rows);
   int64_t pieces = 1;
   if (tiles > 0 && tiles < places) pieces = ceil_div(places, tiles);
@@ -157,7 +160,8 @@ ForwardPlan plan_forward(ForwardParams const& params, Processors const& processo
   if (pieces > kMaxPieces) pieces = kMaxPieces;
   int64_t const partial_floats = plan.num_segments * partial_rows(layout) * (layout.d + 2);
   plan.pieces = pieces < 1 || partial_floats > kMaxPartialFloats ? 1 : pieces;
-  plan.work = plan.blocks = tiles * plan.pieces;
+  if (plan.slots > 0) plan.pieces = 1;
+  plan.work = plan.blocks = checked_blocks(tiles * plan.pieces);
   if (plan.few_rows) plan.company = company_of(plan, layout, places, processors);
   // Pieces share no keys, and late ones, which are longer, go first among all heads.
   int64_t const bytes = plan.pieces > 1 ? 0 : 4 * layout.s_k * bucket;

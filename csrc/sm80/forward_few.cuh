@@ -12,11 +12,11 @@
 namespace fa::sm80 {
 
 template <class Traits>
-struct FewRowsShared {
+struct __align__(16) FewRowsShared {
   TilePlace<Traits> place;
-  float top[kWarpsABlock][Traits::kRows];               // maxima of each warp's keys
-  float sum[Traits::kLoadKeys / 16][Traits::kRows][4];  // of each sixteen keys, by lane
-  float m[Traits::kRows], l[Traits::kRows];             // of finished rows
+  float top[kWarpsABlock][Traits::kRows][4];  // of each warp's keys, by class
+  float sum[kWarpsABlock][Traits::kRows][4];  // of each warp's probabilities, by class
+  float m[Traits::kRows], l[Traits::kRows];   // of finished rows
 };
 
 template <class Traits>
@@ -27,9 +27,11 @@ struct FewRowsTile : ForwardTile<Traits> {
   static constexpr int kD = Traits::kD, kRows = Traits::kRows, kSpan = Traits::kLoadKeys;
   static constexpr int kWarpKeys = Traits::kWarpKeys, kBlocks = Traits::kBlocks;
   static constexpr int kWarpsOfBlock = kWarpsABlock / kBlocks;
+  static_assert(kWarpsOfBlock * kWarpKeys == kBlockKeys && kWarpKeys <= 32);
   static constexpr int kGroups = kD / 8 / kWarpsABlock;  // of eight columns, two of each sixteen
   static constexpr int kStages = Traits::kStages, kStageBytes = 2 * Traits::kLoadBytes;
   static constexpr int kUnderWay = 2 * kStages - 1;  // copies that come after those waited for
+  static constexpr int kClasses = contract::kNumKeyClasses;
   using Scores = Product<1, kWarpKeys / 8>;
   using Columns = Product<1, kGroups>;
 
@@ -72,7 +74,6 @@ struct FewRowsTile : ForwardTile<Traits> {
     int const last_begin = last.begin, first_end = first.end;  // between them all rows see
     uint64_t dropout_key = 0;
     if (Traits::kFeatures && launch.scale.drops) dropout_key = philox_key(call.score.seed);
-    float const exponent_scale = launch.scale.exponent_scale;
 
     open_segment();
     set_zero(fold);
@@ -113,12 +114,11 @@ struct FewRowsTile : ForwardTile<Traits> {
           shape_and_mask<Traits::kFeatures>(s_or_p, place.rows, first_key, launch.scale, lane);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          float const top = largest_score(s_or_p, r);
-          if (lane % 4 == 0) shared.top[warp][row_of(r, lane)] = top;
+          shared.top[warp][row_of(r, lane)][lane % 4] = largest_score(s_or_p, r);
         }
         __syncthreads();  // the maxima are there, and nobody reads the probabilities any more
         float rescale[kBlocks][2];
-        softmax(s_or_p, rescale, exponent_scale);
+        softmax(s_or_p, rescale);
         if (Traits::kFeatures && launch.scale.drops)
           drop(s_or_p, place.rows, first_key, launch.scale.keep, dropout_key, place.batch, lane);
         put_probabilities(s_or_p);
@@ -139,27 +139,35 @@ struct FewRowsTile : ForwardTile<Traits> {
     if (!launch.partials) finish();
   }
 
-  // The maximum moves once a block; this warp's scores become probabilities at that of their block.
-  __device__ __forceinline__ void softmax(Scores& s, float (&rescale)[kBlocks][2],
-                                          float exponent_scale) {
+  // The reference moves once a block; this warp's scores become probabilities at that of their
+  // block.
+  __device__ __forceinline__ void softmax(Scores& s, float (&rescale)[kBlocks][2]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       int const row = row_of(r, lane);
       float reference = 0.0f;
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
-        float top = -INFINITY;
+        float top[kClasses];  // of the block's keys
 #pragma unroll
-        for (int w = 0; w < kWarpsOfBlock; ++w)
-          top = fmaxf(top, shared.top[b * kWarpsOfBlock + w][row]);
-        rescale[b][r] = move(m[r], top, exponent_scale);
+        for (int c = 0; c < kClasses; ++c) {
+          top[c] = -INFINITY;
+#pragma unroll
+          for (int w = 0; w < kWarpsOfBlock; ++w)
+            top[c] = fmaxf(top[c], shared.top[b * kWarpsOfBlock + w][row][c]);
+        }
+        float const scale = launch.scale.exponent_scale;
+        float const highest = fmaxf(fmaxf(top[0], top[1]), fmaxf(top[2], top[3]));
+        float const lowest = fminf(fminf(top[0], top[1]), fminf(top[2], top[3]));
+        rescale[b][r] = move(m[r], highest, scale,
+                             [&](float largest) { return is_near(lowest, largest, scale); });
         if (b <= warp / kWarpsOfBlock) reference = m[r];
       }
+      float sum = exponentiate(s, r, 0, launch.scale.exponent_scale, reference);
 #pragma unroll
-      for (int n = 0; n < kWarpKeys / 16; ++n) {
-        shared.sum[warp * (kWarpKeys / 16) + n][row][lane % 4] =
-            exponentiate(s, r, 2 * n, exponent_scale, reference);
-      }
+      for (int n = 1; n < kWarpKeys / 16; ++n)
+        sum += exponentiate(s, r, 2 * n, launch.scale.exponent_scale, reference);
+      shared.sum[warp][row][lane % 4] = sum;
     }
   }
 
@@ -182,8 +190,12 @@ struct FewRowsTile : ForwardTile<Traits> {
     for (int b = 0; b < kBlocks; ++b) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        auto const sum = [&](int i) { return shared.sum[b * 4 + i][row_of(r, lane)][lane % 4]; };
-        l[r] = l[r] * rescale[b][r] + ((sum(0) + sum(1)) + (sum(2) + sum(3)));
+        auto const sum = [&](int i) {
+          return shared.sum[b * kWarpsOfBlock + i][row_of(r, lane)][lane % 4];
+        };
+        float block_sum = sum(0) + sum(1);  // ((0 + 1) + (2 + 3)) of the block's sixteens
+        if constexpr (kWarpsOfBlock == 4) block_sum += sum(2) + sum(3);
+        l[r] = l[r] * rescale[b][r] + block_sum;
       }
       rescale_rows(o, [&](int r) { return rescale[b][r]; });
       accumulate<Element, kBlockKeys>(
@@ -202,9 +214,15 @@ struct FewRowsTile : ForwardTile<Traits> {
   __device__ __forceinline__ void close(int segment) {
     Sequence const s = this->sequence();
     int const d = static_cast<int>(call.layout.d);
+    int const begin = this->segment_begin(segment), end = this->segment_begin(segment + 1);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float const sum = sum_of_quad(l[r]);
+      float sum = sum_of_quad(l[r]);
+      float const weight = sm80::close<Element>(m[r], sum, place.rows[row_of(r, lane)], begin, end);
+#pragma unroll
+      for (int n = 0; n < kGroups; ++n)
+#pragma unroll
+        for (int i = 2 * r; i < 2 * r + 2; ++i) o[0][n][i] *= weight;
       if (!launch.partials) {
         FoldedRow const folded = FoldedRow::of(m_fold[r], l_fold[r], closed_reference(m[r]), sum);
         m_fold[r] = folded.reference, l_fold[r] = folded.sum;

@@ -80,7 +80,6 @@ struct ManyRowsTile : ForwardTile<Traits> {
     RowView const* const rows = place.rows + warp_row;
     uint64_t dropout_key = 0;
     if (Traits::kFeatures && launch.scale.drops) dropout_key = philox_key(call.score.seed);
-    float const exponent_scale = launch.scale.exponent_scale;
     bool const paged = call.layout.block_table != nullptr;
 
     Rows state;
@@ -153,7 +152,7 @@ struct ManyRowsTile : ForwardTile<Traits> {
           int const first_key = block + lane % 4 * 2;
           if (Traits::kFeatures || block < last_begin || next > first_end)
             shape_and_mask<Traits::kFeatures>(s_or_p, rows, first_key, launch.scale, lane);
-          state.softmax(s_or_p, exponent_scale, [&](int r) {
+          state.softmax(s_or_p, launch.scale.exponent_scale, [&](int r) {
             if (kStages == 2) return;
 #pragma unroll
             for (int i = r; i < Part::kSteps; i += Traits::kThreadRows) late.copy(i);
@@ -169,6 +168,10 @@ struct ManyRowsTile : ForwardTile<Traits> {
           float sum[Traits::kThreadRows];
 #pragma unroll
           for (int r = 0; r < Traits::kThreadRows; ++r) sum[r] = sum_of_quad(state.l[r]);
+          // Seldom for short keys: no row of this warp has keys elsewhere, or can have one key.
+          int const segment_first = this->segment_begin(segment);
+          if (first_begin < segment_first || last_end > segment_end || first_end <= last_begin + 1)
+            state.close_segment(sum, rows, segment_first, segment_end, lane);
           if (launch.partials) {
             emit(state, sum, segment);
             state.open_segment();

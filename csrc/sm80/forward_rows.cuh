@@ -31,15 +31,15 @@ struct ForwardRows {
     for (int r = 0; r < kThreadRows; ++r) m[r] = kNoReference, l[r] = 0.0f;
   }
 
-  // m' = m, or ceil(max(x) scale) where that lies well above; a = exp2(m - m');
-  // s = p = exp2(x scale - m'); l = l a + sum(p); o = o a. between(r) runs once a thread row.
+  // m' = m, or max(x) scale (`move` says when); a = exp2(m - m'); s = p = exp2(x scale - m');
+  // l = l a + sum(p); o = o a. between(r) runs once a thread row.
   template <class Between>
   __device__ __forceinline__ void softmax(Scores& s, float exponent_scale, Between const& between) {
     float top[kThreadRows];
     bool any_moves = false;
 #pragma unroll
     for (int r = 0; r < kThreadRows; ++r) {
-      top[r] = largest_score(s, r);
+      top[r] = max_of_quad(largest_score(s, r));
       any_moves |= moves(m[r], top[r], exponent_scale);
       between(r);
     }
@@ -47,7 +47,9 @@ struct ForwardRows {
     if (__any_sync(kFullWarp, any_moves)) {  // seldom
 #pragma unroll
       for (int r = 0; r < kThreadRows; ++r) {
-        float const rescale = move(m[r], top[r], exponent_scale);
+        float const rescale = move(m[r], top[r], exponent_scale, [&](float largest) {
+          return all_of_quad(is_near(largest_score(s, r), largest, exponent_scale));
+        });
         l[r] *= rescale;
 #pragma unroll
         for (int n = 0; n < kColumnGroups; ++n)
@@ -63,6 +65,32 @@ struct ForwardRows {
         sum[n] = exponentiate(s, r, 2 * n, exponent_scale, m[r]);
       l[r] += (sum[0] + sum[1]) + (sum[2] + sum[3]);
     }
+  }
+
+  // The end of a segment [begin, end), whose sums of p are in `sum`.
+  __device__ __forceinline__ void close_segment(float (&sum)[kThreadRows], RowView const* rows,
+                                                int begin, int end, int lane) {
+    // An integer stays as it is, and a row that sees one key has another reference; but all large
+    // numbers are integers.
+    bool any_closes = false;
+#pragma unroll
+    for (int r = 0; r < kThreadRows; ++r)
+      any_closes |= ceilf(m[r]) != m[r] || fabsf(m[r]) > 0x1p22f;
+    if (!__any_sync(kFullWarp, any_closes)) return;
+    float weight[kThreadRows];
+    bool any_weighs = false;
+#pragma unroll
+    for (int r = 0; r < kThreadRows; ++r) {
+      weight[r] = close<typename Traits::Element>(m[r], sum[r], rows[row_of(r, lane)], begin, end);
+      any_weighs |= weight[r] != 1.0f;
+    }
+    if (!__any_sync(kFullWarp, any_weighs)) return;
+#pragma unroll
+    for (int t = 0; t < kRowTiles; ++t)
+#pragma unroll
+      for (int n = 0; n < kColumnGroups; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) o[t][n][i] *= weight[2 * t + i / 2];
   }
 
   // Between segments the fold's rows lie in `fold`, where each thread finds the elements that it

@@ -41,36 +41,66 @@ __device__ __forceinline__ void shape_and_mask(Product<kRowTiles, kKeyGroups>& s
   }
 }
 
-// The largest of a thread row's scores, the same in all lanes of the quad.
+// The largest of a thread row's scores, of those that this thread has: the keys of one class
+// (contract.h, key_class).
 template <int kRowTiles, int kKeyGroups>
 __device__ __forceinline__ float largest_score(Product<kRowTiles, kKeyGroups> const& s, int r) {
   auto const x = [&](int n, int i) { return s[r / 2][n][r % 2 * 2 + i]; };
   float top = fmaxf(x(0, 0), x(0, 1));
 #pragma unroll
   for (int n = 1; n < kKeyGroups; ++n) top = fmaxf(top, fmaxf(x(n, 0), x(n, 1)));
-  return max_of_quad(top);
+  return top;
 }
 
-// The reference m of a row's exponents is an integer in log2 units, so that moving it multiplies by
-// powers of two; that of a row which has seen no key yet lies below all scores.
+// The reference m of a row's exponents, in log2 units; that of a row which has seen no key yet lies
+// below all scores.
 constexpr float kNoReference = -std::numeric_limits<float>::max();
 
-// Whether a block's largest score, `top`, lies so far above the reference that it moves.
+// Whether a block's largest score, `top`, moves a reference.
 __device__ __forceinline__ bool moves(float reference, float top, float exponent_scale) {
-  return fmaf(top, exponent_scale, -reference) > contract::kSm80Slack;
+  return fmaf(top, exponent_scale, -reference) > 0.0f;
+}
+// Whether another score of the block, or of a class of its keys, lies near the largest one, which
+// is `largest` in log2 units.
+__device__ __forceinline__ bool is_near(float score, float largest, float exponent_scale) {
+  return fmaf(score, exponent_scale, -largest) > -contract::kSm80Near;
 }
 
-// Moves it if so; returns what the sums before are multiplied by.
-__device__ __forceinline__ float move(float& reference, float top, float exponent_scale) {
-  if (!moves(reference, top, exponent_scale)) return 1.0f;
-  float const before = reference;
-  reference = ceilf(top * exponent_scale);
+// Moves it if so (contract.h, kSm80Slack); returns what the sums before are multiplied by.
+// is_flat(largest): whether the largest scores of all classes are near it; asked by all lanes.
+template <class IsFlat>
+__device__ __forceinline__ float move(float& reference, float top, float exponent_scale,
+                                      IsFlat const& is_flat) {
+  float const before = reference, largest = top * exponent_scale;
+  bool const flat = is_flat(largest);
+  if (moves(before, top, exponent_scale))
+    reference = flat ? ceilf(largest) + contract::kSm80Slack : largest;
   return exp2_of(before - reference);
 }
 
 // As partials and the fold know it: what saw nothing counts for nothing.
 __device__ __forceinline__ float closed_reference(float reference) {
   return reference == kNoReference ? -INFINITY : reference;
+}
+
+// The end of a segment [begin, end): the reference of a row that sees keys of others too becomes an
+// integer. Returns what the segment's sums are multiplied by.
+//
+// A row that sees one key has a probability of 1, of which exp2(x scale - m) may miss an ulp, since
+// m is rounded; what was multiplied by V is that number in 16 bits.
+template <class Element>
+__device__ __forceinline__ float close(float& reference, float& sum, RowView const& row, int begin,
+                                       int end) {
+  float weight = 1.0f;
+  if (contract::closes({row.begin, row.end}, begin, end)) {
+    weight = exp2_of(reference - ceilf(reference));
+    reference = ceilf(reference);
+    sum *= weight;
+  } else if (row.end - row.begin == 1 && sum > 0.0f && sum < INFINITY) {
+    weight = 1.0f / to_float(round_to<Element>(sum));
+    sum = 1.0f;
+  }
+  return weight;
 }
 
 // p = exp2(x scale - m) of the sixteen keys of groups n, n + 1 of a thread row; returns this
