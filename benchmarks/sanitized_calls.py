@@ -84,6 +84,16 @@ def pack() -> Tensor:
     return out
 
 
+def loose_pack(d: int) -> list[Tensor]:
+    """3,000 sequences of a token or two under a bound from which no grid is made."""
+    lengths = torch.arange(3000) % 2 + 1
+    cu_seqlens = ints(0, *lengths.cumsum(0).tolist())
+    q, k, v = (x[0].requires_grad_() for x in qkv(4500, d, s_k=4500, h_kv=2))
+    longest = 1 << 20
+    out = flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, longest, longest, causal=True)
+    return [out, *torch.autograd.grad(out, (q, k, v), normal(*out.shape))]
+
+
 def pages(s_q: int) -> Tensor:
     q, _, _ = qkv(s_q, 128, b=2, h_kv=2)
     k, v = (normal(10, 64, 2, 128) for _ in "kv")
@@ -146,6 +156,8 @@ def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
     for d, deterministic in itertools.product((64, 128), (True, False)):
         yield f"splits d={d} deterministic={deterministic}", partial(splits, d, deterministic)
     yield "pack", pack
+    for d in (64, 192):
+        yield f"loose pack d={d}", partial(loose_pack, d)
     for interleaved in (False, True):
         yield f"append interleaved={interleaved}", partial(append, interleaved)
     for d in HEAD_DIMS:

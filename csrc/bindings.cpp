@@ -241,8 +241,8 @@ void forward_on_gpu(ForwardCall const& call) {
   fa::sm80::ForwardPlan const plan =
       fa::sm80::plan_forward(params, fa::sm80::processors_of(device));
   OptionalTensor scratch;  // of PyTorch's allocator, so that CUDA graphs own it too
-  if (plan.scratch_floats > 0 && !params.partials.out)
-    scratch = torch::stable::new_empty(call.lse, {plan.scratch_floats});
+  int64_t const floats = plan.list_floats + (params.partials.out ? 0 : plan.scratch_floats);
+  if (floats > 0) scratch = torch::stable::new_empty(call.lse, {floats});
   void* const stream = current_stream(device);
   fa::sm80::forward(params, plan, data_or_null<float>(scratch), stream);
   if (params.s_dmask) fa::sm80::write_dmask(params, stream);

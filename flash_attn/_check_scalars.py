@@ -78,7 +78,7 @@ def cache_length(value: Any) -> int:
     rule = "an int for all sequences, or an int32 tensor (b) with one length for each"
     used = integer("cache_seqlens", value, rule)
     if torch.compiler.is_compiling():  # a graph cannot refuse; the op can, and must not see it wrap
-        return torch.sym_max(torch.sym_min(used, INT32_MAX), -1)
+        return max(min(used, INT32_MAX), -1)
     not_negative("cache_seqlens", used)
     if used > INT32_MAX:
         refuse("cache_seqlens is out of range", f"cache_seqlens={used}", f"at most {INT32_MAX}")

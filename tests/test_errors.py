@@ -268,8 +268,10 @@ def check_in_capture(capturing: bool) -> None:
 
 
 def check_without_gpu(**arguments: Any) -> None:
+    _check_rules._gpu.cache_clear()
     with mock.patch.object(torch.cuda, "is_available", lambda: False):
         _check_rules.device(**arguments)
+    _check_rules._gpu.cache_clear()
 
 
 META_KV = KV.to("meta")

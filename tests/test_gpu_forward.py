@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from flash_attn import (
+    check_device,
     _native,
     determinism,
     flash_attn_func,
@@ -282,6 +283,8 @@ def test_an_append_past_the_end_writes_nothing():
     flash_attn_with_kvcache(q, *caches, k, v, cache_seqlens=lengths(64), causal=True)
     for ours, old in zip(caches, before, strict=True):
         assert_bitwise_equal(ours, old)
+    with pytest.raises(RuntimeError, match=r"cache_seqlens"):
+        check_device()
 
 
 @pytest.mark.parametrize("d", [64, 128, 256])

@@ -83,10 +83,10 @@ def test_reduction_of_a_pack(problem):
     assert_same(reduce_partials(partials, problem.dtype), fused[:2], "reduced in PyTorch")
 
 
-@pytest.mark.parametrize("apart", [1, 24, 125, 126, 127, 200, 1000])
+@pytest.mark.parametrize("apart", [1, 24, 125, 126, 127, 129, 130, 200, 1000])
 @pytest.mark.parametrize("dominant", [0, SEGMENT])
 def test_fold_of_distant_segments(apart, dominant):
-    """Two segments whose maxima lie 2^apart apart; what is 2^-127 and below counts as nothing."""
+    """Two segments whose maxima lie 2^apart apart; a reference 127 below another counts as nothing."""
     on_device = {"dtype": WIDEST, "device": DEVICE}
     q, k, v = (torch.zeros(1, n, 1, 16, **on_device) for n in (1, 2 * SEGMENT, 2 * SEGMENT))
     q[..., 0] = 1.0
@@ -98,7 +98,8 @@ def test_fold_of_distant_segments(apart, dominant):
     assert_same(reduce_partials(forward_partials(q, k, v, **with_ln2), WIDEST), (out, lse))
     others = 2 * SEGMENT - 1  # keys of weight 2^-apart beside the dominant one
     weight = 2.0**-apart / (1.0 + others * 2.0**-apart)
-    expected = 1e37 * weight if apart <= 126 else 0.0
+    most = 126 + (3 if ON_GPU else 0)  # a flat block's reference lies 3 above its scores there
+    expected = 1e37 * weight if apart <= most else 0.0
     rtol = max(1e-5, torch.finfo(WIDEST).eps)
     torch.testing.assert_close(out, torch.full_like(out, expected), rtol=rtol, atol=0.0)
 
@@ -168,8 +169,9 @@ def test_partials_say_what_each_segment_saw():
     assert several.any() and not several.all()
     references = partials.max_log2[:, several]
     assert torch.equal(references, references.round()), "rows with several segments are closed"
-    alone = partials.max_log2[:, ~several].nan_to_num(neginf=0.0)
-    assert not torch.equal(alone, alone.round()), "and others are left as they are"
+    if not ON_GPU:  # where flat blocks have integers at once
+        alone = partials.max_log2[:, ~several].nan_to_num(neginf=0.0)
+        assert not torch.equal(alone, alone.round()), "and others are left as they are"
 
 
 # ---- Infinities and NaN ----

@@ -47,9 +47,8 @@ static constexpr int64_t kCpuBlockQueries = 96;
 // largest one.
 static constexpr float kSm80Slack = 3.0f;
 static constexpr float kSm80Near = 4.0f;
-// Classes of a block's keys: what one of the four lanes that share a row of the tensor cores'
-// results has. Known to the kernels by their layout.
-static constexpr int key_class(int key_in_block) { return key_in_block % 8 / 2; }
+// Classes of a block's keys: key % 8 / 2. They are what the four threads that share a row of the
+// tensor cores' results have of it.
 static constexpr int kNumKeyClasses = 4;
 
 // How far above the fold's reference that of a segment may lie before the fold's moves to it, in

@@ -6,7 +6,6 @@
 
 #include "csrc/sm80/backward_scores.cuh"
 #include "csrc/sm80/backward_traits.h"
-#include "csrc/sm80/faults.h"
 #include "csrc/sm80/pack_tiles.h"
 
 namespace fa::sm80 {
@@ -40,7 +39,6 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksAProcessor) void k
   int const head_kv = place.head % h_kv, batch = place.head / h_kv;
   int const tile = place.rank;  // early keys are seen by more queries
   int const group = static_cast<int>(layout.h_q / layout.h_kv);
-  if (threadIdx.x == 0 && head_kv == 0 && tile == 0) report_sequence(layout, batch);
   Sequence const s = sequence_of(layout, batch);
   int const s_q = static_cast<int>(s.s_q), s_k = static_cast<int>(s.s_k);
   int const first_key = tile * Traits::kRows, warp_row = warp * kWarpRows;

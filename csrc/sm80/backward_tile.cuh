@@ -8,7 +8,6 @@
 
 #include "csrc/sm80/backward_scores.cuh"
 #include "csrc/sm80/backward_traits.h"
-#include "csrc/sm80/faults.h"
 #include "csrc/sm80/pack_tiles.h"
 #include "csrc/sm80/turns.cuh"
 
@@ -79,7 +78,6 @@ struct KeyWalk {
                             : place_of(at.ticket, heads, launch.tiles, launch.section);
     int const head_kv = place.head % h_kv, batch = place.head / h_kv;
     if (threadIdx.x == 0) {
-      if (head_kv == 0 && place.rank == 0) report_sequence(layout, batch);
       Sequence const s = sequence_of(layout, batch);
       at.sequence = s;
       at.q = query_row(call.q, s, 0, 0, kBytes);

@@ -11,6 +11,7 @@
 #include "csrc/cuda/tile.cuh"
 #include "csrc/sm80/backward_launch.h"
 #include "csrc/sm80/backward_scores.cuh"
+#include "csrc/sm80/faults.h"
 
 namespace fa::sm80 {
 namespace {
@@ -44,6 +45,7 @@ __global__ __launch_bounds__(kThreads) void delta_kernel(
   BackwardParams const& call = launch.call;
   LayoutParams const& layout = call.layout;
   int const block = static_cast<int>(blockIdx.x);
+  if (block == launch.delta_blocks) return report_all(layout);
   Place const place = launch.slots > 0 ? query_blocks(layout).at(block, 0, 1)
                                        : Place{block / launch.tiles, block % launch.tiles};
   int64_t const batch = place.head;
@@ -92,9 +94,11 @@ void launch_delta(BackwardLaunch launch, cudaStream_t stream) {
   LayoutParams const& layout = launch.call.layout;
   int64_t const blocks = count_tiles(launch, query_blocks(layout), layout.s_q, 1);
   if (blocks == 0 || layout.h_q == 0) return;
+  launch.delta_blocks = static_cast<int>(blocks);
+  int const others = has_indices(layout) ? 1 : 0;
   bool const half = launch.call.dtype == DType::kFloat16;
   auto const kernel = half ? delta_kernel<__half> : delta_kernel<__nv_bfloat16>;
-  kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(launch);
+  kernel<<<static_cast<unsigned>(blocks + others), kThreads, 0, stream>>>(launch);
   cuda::check(cudaGetLastError());
 }
 

@@ -6,6 +6,7 @@
 #include "csrc/core/params.h"
 #include "csrc/core/segmentation.h"
 #include "csrc/cuda/score_scale.h"
+#include "csrc/sm80/order.h"
 
 struct float4;
 
@@ -35,7 +36,7 @@ struct ForwardPlan {
   int section = 1;      // heads that are worked on together
   int64_t blocks = 0;   // thread blocks; with fewer than work, each takes the next when it is free
   int fold_shared = 0;  // vectors a thread of a fold that lie in shared memory, not in scratch
-  int64_t scratch_floats = 0;
+  int64_t scratch_floats = 0, list_floats = 0;  // of folds or partials; of a pack's tiles
 };
 
 // What a plan has to know of a GPU.
@@ -53,16 +54,17 @@ struct ForwardLaunch {
   ForwardParams call;
   cuda::ScoreScale scale;
   ForwardPlan plan;
-  int group;                 // query heads of a key head
-  bool aligned;              // every row lies on sixteen bytes
-  bool partials;             // hand closed segments on instead of folding them
-  bool follows = false;      // the fold may be launched while the pieces run
-  float4* folds = nullptr;   // [blocks, fold_vectors - plan.fold_shared, threads]
-  int* next_work = nullptr;  // taken so far, beyond the first of each block; null: one each
+  int group;                      // query heads of a key head
+  bool aligned;                   // every row lies on sixteen bytes
+  bool partials;                  // hand closed segments on instead of folding them
+  bool follows = false;           // the fold may be launched while the pieces run
+  Place const* places = nullptr;  // [work], where plan.slots says so; null: by place_of
+  float4* folds = nullptr;        // [blocks, fold_vectors - plan.fold_shared, threads]
+  int* next_work = nullptr;       // taken so far, beyond the first of each block; null: one each
 };
 
 // Runs on `stream` (a cudaStream_t) of the current device. When call.partials is set, the caller
-// wants the partials themselves; scratch holds plan.scratch_floats.
+// wants the partials themselves; scratch holds plan.list_floats, and plan.scratch_floats behind.
 void forward(ForwardParams const& call, ForwardPlan const& plan, float* scratch, void* stream);
 
 // S_dmask of a forward pass that has run.
@@ -94,7 +96,8 @@ struct BackwardLaunch {
   QuerySums sums;
   int* next_ticket = nullptr;  // thread blocks that have started
   Processors processors;
-  int stages = 1;  // blocks of queries in shared memory
+  int stages = 1;        // blocks of queries in shared memory
+  int delta_blocks = 0;  // of delta's kernel, which tells of faults too
 };
 
 // delta, then dQ, dK and dV. scratch and tickets: what backward_scratch asks for.

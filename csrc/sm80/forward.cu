@@ -102,6 +102,14 @@ Company company_of(ForwardPlan const& plan, LayoutParams const& layout, int64_t 
   return has_room && longest * processors.count >= all ? Company::kAlone : Company::kSome;
 }
 
+// places [slots, h_kv]: late slots first.
+__global__ __launch_bounds__(kRestThreads) void places_kernel(PackTiles const pack, int64_t slots,
+                                                              int h_kv, Place* places) {
+  int64_t const work = int64_t{blockIdx.x} * kRestThreads + threadIdx.x;
+  if (work < slots * h_kv)
+    places[work] = pack.at(slots - 1 - work / h_kv, static_cast<int>(work % h_kv), h_kv);
+}
+
 // For a call without a tile.
 __global__ __launch_bounds__(kRestThreads) void rest_kernel(
     __grid_constant__ ForwardLaunch const launch) {
@@ -176,6 +184,8 @@ ForwardPlan plan_forward(ForwardParams const& params, Processors const& processo
       plan.scratch_floats = plan.blocks * vectors * kThreadsABlock * 4 + 1;  // and the counter
     }
   }
+  static_assert(sizeof(Place) == 2 * sizeof(float));
+  plan.list_floats = plan.slots > 0 ? ceil_div(2 * plan.work, 4) * 4 : 0;  // folds are vectors
   return plan;
 }
 
@@ -188,10 +198,20 @@ void forward(ForwardParams const& call, ForwardPlan const& plan, float* scratch,
   launch.aligned = call.layout.d % 8 == 0 && on_sixteen_bytes(call.q) && on_sixteen_bytes(call.k) &&
                    on_sixteen_bytes(call.v) && on_sixteen_bytes(call.out);
   auto const on = static_cast<cudaStream_t>(stream);
+  if (plan.slots > 0) {
+    auto* const places = reinterpret_cast<Place*>(scratch);
+    scratch += plan.list_floats;
+    auto const blocks = static_cast<unsigned>(ceil_div(plan.work, kRestThreads));
+    places_kernel<<<blocks, kRestThreads, 0, on>>>(query_tiles(call.layout, plan.tile_rows),
+                                                   plan.slots, call.layout.h_kv, places);
+    cuda::check(cudaGetLastError());
+    launch.places = places;
+  }
   bool const hands_on = call.partials.out != nullptr;
   launch.partials = hands_on || plan.pieces > 1;
   if (hands_on) launch.call.lse = nullptr;  // partials are all that is written
-  if (plan.work == 0) return launch_rest(launch, on);
+  if (plan.work == 0 || launch.places) launch_rest(launch, on);
+  if (plan.work == 0) return;
   if (hands_on) {
     launch.plan.blocks = plan.work, launch.plan.fold_shared = 0;
   } else if (plan.pieces > 1) {

@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "csrc/cuda/errors.cuh"
+#include "csrc/sm80/faults.h"
 #include "csrc/sm80/forward_few.cuh"
 #include "csrc/sm80/forward_launch.h"
 #include "csrc/sm80/forward_many.cuh"
@@ -16,6 +17,7 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksAProcessor) void f
   using Tile = std::conditional_t<Traits::kFewRows, FewRowsTile<Traits>, ManyRowsTile<Traits>>;
   extern __shared__ __align__(128) char memory[];
   if (launch.follows) let_follower_start();
+  if (blockIdx.x == launch.plan.blocks) return report_all(launch.call.layout);
   Tile(launch, memory).run();
 }
 
@@ -28,7 +30,8 @@ void launch_forward(ForwardLaunch const& launch, cudaStream_t stream) {
     fa::cuda::check(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   }
-  kernel<<<static_cast<unsigned>(launch.plan.blocks), Traits::kThreads, bytes, stream>>>(launch);
+  auto const blocks = launch.plan.blocks + (has_indices(launch.call.layout) ? 1 : 0);
+  kernel<<<static_cast<unsigned>(blocks), Traits::kThreads, bytes, stream>>>(launch);
   fa::cuda::check(cudaGetLastError());
 }
 

@@ -52,8 +52,8 @@ struct ManyRowsTile : ForwardTile<Traits> {
       if (!launch.next_work) return;
       __syncthreads();  // all are done with this tile
       if (threadIdx.x == 0)
-        shared.next_work = gridDim.x + atomicAdd(launch.next_work, 1);  // integer
-      __syncthreads();                                                  // the number is there
+        shared.next_work = launch.plan.blocks + atomicAdd(launch.next_work, 1);  // integer
+      __syncthreads();  // the number is there
       work = shared.next_work;
     }
   }

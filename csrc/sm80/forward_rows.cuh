@@ -45,16 +45,23 @@ struct ForwardRows {
     }
     __syncwarp();  // and `between` before what follows, not amid its products
     if (__any_sync(kFullWarp, any_moves)) {  // seldom
+      float rescale[kThreadRows];
+      bool any_sums = false;
 #pragma unroll
       for (int r = 0; r < kThreadRows; ++r) {
-        float const rescale = move(m[r], top[r], exponent_scale, [&](float largest) {
+        any_sums |= m[r] != kNoReference;
+        rescale[r] = move(m[r], top[r], exponent_scale, [&](float largest) {
           return all_of_quad(is_near(largest_score(s, r), largest, exponent_scale));
         });
-        l[r] *= rescale;
+        l[r] *= rescale[r];
+      }
+      if (__any_sync(kFullWarp, any_sums)) {  // not in a segment's first block
 #pragma unroll
-        for (int n = 0; n < kColumnGroups; ++n)
+        for (int t = 0; t < kRowTiles; ++t)
 #pragma unroll
-          for (int i = r % 2 * 2; i < r % 2 * 2 + 2; ++i) o[r / 2][n][i] *= rescale;
+          for (int n = 0; n < kColumnGroups; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) o[t][n][i] *= rescale[2 * t + i / 2];
       }
     }
 #pragma unroll

@@ -42,7 +42,7 @@ __device__ __forceinline__ void shape_and_mask(Product<kRowTiles, kKeyGroups>& s
 }
 
 // The largest of a thread row's scores, of those that this thread has: the keys of one class
-// (contract.h, key_class).
+// (contract.h, kNumKeyClasses).
 template <int kRowTiles, int kKeyGroups>
 __device__ __forceinline__ float largest_score(Product<kRowTiles, kKeyGroups> const& s, int r) {
   auto const x = [&](int n, int i) { return s[r / 2][n][r % 2 * 2 + i]; };

@@ -5,9 +5,8 @@
 #include "csrc/core/segmentation.h"
 #include "csrc/cuda/score.cuh"
 #include "csrc/sm80/family.h"
-#include "csrc/sm80/faults.h"
 #include "csrc/sm80/key_tiles.cuh"
-#include "csrc/sm80/pack_tiles.h"
+#include "csrc/sm80/order.h"
 #include "csrc/sm80/rest.cuh"
 #include "csrc/sm80/traits.h"
 
@@ -21,8 +20,7 @@ struct TilePlace {
   RowView rows[Traits::kRows];
   KeyTiles<Traits> keys, values;
   int tile, head_kv, batch, piece;
-  int num_tiles;  // that the last sequence of a pack may have
-  int num_rows;   // of the sequence and key head: s_q * group
+  int num_rows;  // of the sequence and key head: s_q * group
 };
 
 template <class Traits>
@@ -47,21 +45,13 @@ struct ForwardTile {
       int const h_kv = static_cast<int>(call.layout.h_kv), b = static_cast<int>(call.layout.b);
       int const tiles = static_cast<int>(launch.plan.tiles);
       int const pieces = static_cast<int>(launch.plan.pieces);
-      Place found;
-      if (launch.plan.slots > 0) {
-        int64_t const slots = launch.plan.slots;
-        PackTiles const pack = query_tiles(call.layout, kRows);
-        found = pack.at(slots - 1 - work / h_kv, work % h_kv, h_kv);
-        place.num_tiles = static_cast<int>(slots - pack.first(found.head / h_kv));
-        place.tile = found.rank, place.piece = 0;
-      } else {
-        found = place_of(work, h_kv * b, tiles * pieces, launch.plan.section);
-        place.num_tiles = tiles;
-        place.tile = tiles - 1 - found.rank % tiles, place.piece = pieces - 1 - found.rank / tiles;
-      }
+      bool const listed = launch.places != nullptr;
+      Place const found = listed ? launch.places[work]
+                                 : place_of(work, h_kv * b, tiles * pieces, launch.plan.section);
       int const head_kv = found.head % h_kv, batch = found.head / h_kv;
       place.head_kv = head_kv, place.batch = batch;
-      if (head_kv == 0 && place.tile == 0 && place.piece == 0) report_sequence(call.layout, batch);
+      place.tile = listed ? found.rank : tiles - 1 - found.rank % tiles;
+      place.piece = listed ? 0 : pieces - 1 - found.rank / tiles;
       Sequence const s = sequence_of(call.layout, batch);
       place.num_rows = static_cast<int>(s.s_q) * launch.group;
       place.keys.set(call.layout, call.k, s, head_kv, launch.aligned);
@@ -72,9 +62,9 @@ struct ForwardTile {
 
   // Whether there is a row in this tile; then their views.
   __device__ bool find_rows() {
-    // The last sequence of a pack: what lies behind it is its tiles' to write.
-    if (place.batch == call.layout.b - 1 && place.piece == 0) {
-      write_the_rest(launch, place.head_kv, place.tile, place.num_tiles);
+    // The last sequence of a pack: what lies behind it is its tiles' to write, if nobody else does.
+    if (!launch.places && place.batch == call.layout.b - 1 && place.piece == 0) {
+      write_the_rest(launch, place.head_kv, place.tile, static_cast<int>(launch.plan.tiles));
     }
     int const first = place.tile * kRows, row = static_cast<int>(threadIdx.x);
     if (first >= place.num_rows) return false;

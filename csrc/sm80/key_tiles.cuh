@@ -3,7 +3,6 @@
 
 #include "csrc/core/sequence.h"
 #include "csrc/cuda/tile.cuh"
-#include "csrc/sm80/faults.h"
 
 namespace fa::sm80 {
 
@@ -18,9 +17,6 @@ struct KeyTiles {
   int64_t page_bytes;  // paged only, like the rest
   int const* pages;    // of this sequence; null: not paged
   int page_size, num_pages;
-  int64_t first_entry;  // of `pages` in the table
-  uint64_t* faults;
-  Caller caller;
   int s_k, d;
   bool aligned;
 
@@ -33,8 +29,6 @@ struct KeyTiles {
     pages = rows.pages;
     page_size = static_cast<int>(layout.page_size);
     num_pages = static_cast<int>(min(layout.cache_rows, int64_t{0x7fffffff}));
-    first_entry = s.key_batch * layout.block_table_stride;
-    faults = layout.faults, caller = layout.caller;
     s_k = static_cast<int>(s.s_k), d = static_cast<int>(layout.d);
     aligned = on_sixteen_bytes;
   }
@@ -43,10 +37,7 @@ struct KeyTiles {
   // table on the host.
   __device__ __forceinline__ char const* row_in_page(int key) const {
     int const page = pages[key / page_size];
-    if (page < 0 || page >= num_pages) {
-      report(faults, {Faulty::kBlockTable, caller, first_entry + key / page_size, page});
-      return nullptr;
-    }
+    if (page < 0 || page >= num_pages) return nullptr;
     return first + page * page_bytes + key % page_size * row_bytes;
   }
 

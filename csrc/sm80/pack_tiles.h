@@ -26,13 +26,15 @@ struct PackTiles {
   // Whether the slots are fewer by far than `longest` tiles for each sequence and head.
   bool are_fewer(int64_t longest, int64_t heads) const {
     constexpr int64_t kMany = 1 << 16;
-    return cu_seqlens && count() > 0 && longest > 4 * count() / b && longest > kMany / heads / b;
+    return cu_seqlens && b > 0 && count() > 0 && longest > 4 * count() / b &&
+           longest > kMany / heads / b;
   }
   FA_HOST_DEVICE int64_t first(int64_t sequence) const {
     return clamped(cu_seqlens[sequence], total) * rows_a_token / tile_rows + sequence;
   }
+#if defined(__CUDACC__)
   // The tile in a slot: of sequence head / heads, the rank-th from its first rows on.
-  FA_HOST_DEVICE Place at(int64_t slot, int head, int heads) const {
+  __device__ __forceinline__ Place at(int64_t slot, int head, int heads) const {
     int64_t low = 0, high = b - 1;
     while (low < high) {
       int64_t const middle = (low + high + 1) / 2;
@@ -45,6 +47,7 @@ struct PackTiles {
     int64_t const rank = slot - first(low);  // below zero only in offsets that decrease
     return {static_cast<int>(low) * heads + head, static_cast<int>(rank < 0 ? 0 : rank)};
   }
+#endif
 };
 
 // Of queries, all heads of a group, or of keys.
