@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 BLOCK, KEYS, ROWS, D = 64, 2048, 64, 64
-SLACK, NEAR = 3.0, 4.0  # kSm80Slack, kSm80Near of csrc/core/contract.h
+LATE = 3.0  # how far above, where a reference moves late
+SLACK, NEAR = 4.0, 4.0  # kSm80Slack, kSm80Near of csrc/core/contract.h
 
 # FlashAttention-2's, which moves to every higher score; to the next integer or to the score itself,
-# when it lies more than SLACK above; and that of the sm80 family.
+# when it lies more than LATE above; and that of the sm80 family.
 RULES = ("running maximum", "ceiling, late", "maximum, late", "ours")
 PEAKED = ("one key", "a sink", "two keys", "two keys apart", "three keys", "two in a block")
 KINDS = (*PEAKED, "normal")
@@ -70,9 +71,9 @@ def _moved(rule: str, m: Tensor, block: Tensor) -> Tensor:
     if rule == "running maximum":
         return torch.maximum(m, top)
     if rule == "ceiling, late":
-        return torch.where(top - m > SLACK, top.ceil(), m)
+        return torch.where(top - m > LATE, top.ceil(), m)
     if rule == "maximum, late":
-        return torch.where(top - m > SLACK, top, m)
+        return torch.where(top - m > LATE, top, m)
     classes = block.unflatten(-1, (-1, 4, 2)).amax((-3, -1))  # key % 8 / 2
     flat = (classes > top[..., None] - NEAR).all(-1)
     return torch.where(top > m, torch.where(flat, top.ceil() + SLACK, top), m)

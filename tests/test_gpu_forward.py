@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from flash_attn import (
-    check_device,
     _native,
+    check_device,
     determinism,
     flash_attn_func,
     flash_attn_varlen_func,

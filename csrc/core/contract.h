@@ -45,7 +45,7 @@ static constexpr int64_t kCpuBlockQueries = 96;
 //
 // A block is flat when each class of its keys has a score within kSm80Near (log2 units) of the
 // largest one.
-static constexpr float kSm80Slack = 3.0f;
+static constexpr float kSm80Slack = 4.0f;
 static constexpr float kSm80Near = 4.0f;
 // Classes of a block's keys: key % 8 / 2. They are what the four threads that share a row of the
 // tensor cores' results have of it.

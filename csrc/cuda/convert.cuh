@@ -22,16 +22,6 @@ __device__ __forceinline__ Element round_to(float x) {
   }
 }
 
-// Two elements, the first in the low half.
-template <class Element>
-__device__ __forceinline__ float2 unpack2(uint32_t both) {
-  if constexpr (std::is_same_v<Element, __half>) {
-    return {to_float(__ushort_as_half(both & 0xffff)), to_float(__ushort_as_half(both >> 16))};
-  } else {
-    return {__uint_as_float(both << 16), __uint_as_float(both & 0xffff0000)};
-  }
-}
-
 // Of two elements that pack2 made: its NaN, all ones, becomes PyTorch's.
 template <class Element>
 __device__ __forceinline__ uint32_t with_common_nan(uint32_t pair) {

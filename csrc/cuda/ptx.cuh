@@ -37,12 +37,6 @@ __device__ __forceinline__ void wait_copies() {
 __device__ __forceinline__ void store_pair(uint32_t to, uint32_t both) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(both) : "memory");
 }
-__device__ __forceinline__ uint32_t load_pair(uint32_t from) {
-  uint32_t both;
-  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(both) : "r"(from) : "memory");
-  return both;
-}
-
 // Four 8 x 8 matrices of 16-bit elements: lane i names row i % 8 of matrix i / 8.
 __device__ __forceinline__ void load_matrix(uint32_t (&r)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"

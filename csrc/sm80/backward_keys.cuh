@@ -102,8 +102,7 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksAProcessor) void k
       Product<kTiles, kBlock / 8> p, ds;
       multiply_rows<Element, kD, kTiles, kBlock / 8>(p, k, warp_row, q, 0, lane);
       multiply_rows<Element, kD, kTiles, kBlock / 8>(ds, v, warp_row, dout, 0, lane);
-      bool const masked = !mask.every(block, block + kBlock, begin_key, end_key);
-      if (masked) {
+      if (!mask.every(block, block + kBlock, begin_key, end_key)) {
         mask_scores<kTiles, kBlock / 8>(p, ds, [&](int row, int column) {
           return mask.sees(block + lane % 4 * 2 + column, begin_key + lane / 4 + row);
         });
@@ -136,20 +135,6 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksAProcessor) void k
                                                  launch.scale, row, key, keep);
           }
         }
-      static_assert(kBlock == 32, "a lane asks for one query");
-      unsigned const lone = masked ? __ballot_sync(kFullWarp, mask.sees_one(block + lane)) : 0;
-      if (lone != 0) {
-        float const kept = Traits::kFeatures && launch.scale.drops ? launch.scale.keep.scale : 1.0f;
-#pragma unroll
-        for (int n = 0; n < kBlock / 8; ++n)
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            if (!(lone >> (n * 8 + lane % 4 * 2 + i) & 1)) continue;
-#pragma unroll
-            for (int r = 0; r < 2 * kTiles; ++r)
-              settle_lone(p[r / 2][n][r % 2 * 2 + i], ds[r / 2][n][r % 2 * 2 + i], kept);
-          }
-      }
       if constexpr (kWantsDv) add_product<Element, kD, kTiles, kBlock / 8>(dv, p, dout, 0, lane);
       if constexpr (kWantsDk) add_product<Element, kD, kTiles, kBlock / 8>(dk, ds, q, 0, lane);
     }

@@ -102,8 +102,7 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksAProcessor) void q
       Product<kTiles, kBlock / 8> p, ds;
       multiply_rows<Element, kD, kTiles, kBlock / 8>(p, q, warp_row, k, 0, lane);
       multiply_rows<Element, kD, kTiles, kBlock / 8>(ds, dout, warp_row, v, 0, lane);
-      bool const masked = !mask.every(begin_row, end_row, block, next);
-      if (masked) {
+      if (!mask.every(begin_row, end_row, block, next)) {
         mask_scores<kTiles, kBlock / 8>(p, ds, [&](int row, int column) {
           return mask.sees(begin_row + lane / 4 + row, block + lane % 4 * 2 + column);
         });
@@ -125,17 +124,6 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksAProcessor) void q
                 p[r / 2][n][r % 2 * 2 + i], ds[r / 2][n][r % 2 * 2 + i], lse_log2[r], delta[r],
                 launch.scale, row, key + i, i == 0 ? keep.x : keep.y);
           }
-        }
-      }
-      if (masked && __any_sync(kFullWarp, mask.sees_one(begin_row + lane % kWarpRows))) {
-#pragma unroll
-        for (int r = 0; r < 2 * kTiles; ++r) {
-          if (!mask.sees_one(begin_row + r / 2 * 16 + r % 2 * 8 + lane / 4)) continue;
-#pragma unroll
-          for (int n = 0; n < kBlock / 8; ++n)
-#pragma unroll
-            for (int i = r % 2 * 2; i < r % 2 * 2 + 2; ++i)
-              settle_lone(p[r / 2][n][i], ds[r / 2][n][i], 1.0f);
         }
       }
       add_product<Element, kD, kTiles, kBlock / 8>(dq, ds, k, 0, lane);

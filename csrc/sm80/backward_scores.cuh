@@ -34,10 +34,6 @@ struct Diagonals {
   __device__ __forceinline__ bool sees(int query, int key) const {
     return key - query >= lowest && key - query <= highest && query < s_q && key < s_k;
   }
-  // Whether a query sees one key.
-  __device__ __forceinline__ bool sees_one(int query) const {
-    return query < s_q && min(query + highest, s_k - 1) == max(query + lowest, 0);
-  }
   // Whether any query of [q0, q1) sees any key of [k0, k1), or every one every one.
   __device__ __forceinline__ bool any(int q0, int q1, int k0, int k1) const {
     return k1 - 1 - q0 >= lowest && k0 - (q1 - 1) <= highest && k0 < s_k;
@@ -88,13 +84,6 @@ __device__ __forceinline__ void gradient_of_score(float& s, float& dp, float lse
   float const ds = p * (kept - delta);
   dp = kFeatures && scale.shaped ? ds * slope : ds;
   s = value;
-}
-
-// Of a query that sees one key: P is 1 and dS is 0, of which lse and delta keep roundings. p: what
-// dV sums, and `kept` what it is where dropout keeps the key. What is not a number stays so.
-__device__ __forceinline__ void settle_lone(float& p, float& ds, float kept) {
-  if (p > 0.0f) p = kept;
-  ds *= 0.0f;
 }
 
 // Blocks of queries before a sequence's first, in the sums of dQ.

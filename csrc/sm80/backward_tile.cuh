@@ -229,8 +229,7 @@ struct KeyWalk {
     multiply_rows<Element, kD>(s, q(stage), row, k(), column, lane);
     between();
     multiply_rows<Element, kD>(dp, dout(stage), row, v(), column, lane);
-    bool const masked = !mask.every(query, query + 32, key, key + kScoreKeys);
-    if (masked) {
+    if (!mask.every(query, query + 32, key, key + kScoreKeys)) {
       mask_scores(s, dp, [&](int r, int n) {
         return mask.sees(step.block + thread_row + r, thread_key + n);
       });
@@ -265,30 +264,6 @@ struct KeyWalk {
             TileLayout<kKeys>::offset(thread_row + below, column / kChunk + n) + lane % 4 * 4;
         store_pair(p() + to, pack2<Element>(x[r % 2 * 2], x[r % 2 * 2 + 1]));
         store_pair(ds() + to, pack2<Element>(y[r % 2 * 2], y[r % 2 * 2 + 1]));
-      }
-    }
-    if (masked && __any_sync(kFullWarp, mask.sees_one(query + lane))) {
-      settle_lone_queries(step, thread_row, column, mask);
-    }
-  }
-
-  // What a thread has stored of queries that see one key; seldom, so the registers need not hold
-  // it.
-  __device__ void settle_lone_queries(WalkStep step, int thread_row, int column,
-                                      Diagonals const& mask) const {
-    float const kept = Traits::kFeatures && launch.scale.drops ? launch.scale.keep.scale : 1.0f;
-#pragma unroll 1
-    for (int r = 0; r < 4; ++r) {
-      int const row = thread_row + r / 2 * 16 + r % 2 * 8;
-      if (!mask.sees_one(step.block + row)) continue;
-#pragma unroll 1
-      for (int n = 0; n < kScoreGroups; ++n) {
-        uint32_t const at = TileLayout<kKeys>::offset(row, column / kChunk + n) + lane % 4 * 4;
-        float2 x = unpack2<Element>(load_pair(p() + at)),
-               y = unpack2<Element>(load_pair(ds() + at));
-        settle_lone(x.x, y.x, kept), settle_lone(x.y, y.y, kept);
-        store_pair(p() + at, pack2<Element>(x.x, x.y));
-        store_pair(ds() + at, pack2<Element>(y.x, y.y));
       }
     }
   }
