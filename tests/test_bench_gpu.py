@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
-from benchmarks import bench_gpu, gpu_suite, sanitize, sanitized_calls
+from benchmarks import alternate, bench_gpu, gpu_suite, sanitize, sanitized_calls
 from benchmarks.cases import Case
 from benchmarks.gpu import cases, memory
 from benchmarks.gpu.attentions import ours, sdpa_on
@@ -335,3 +335,34 @@ def test_control_a_suite_cut_short_is_not_recorded(recorded_suite, monkeypatch):
 def test_without_a_record_there_is_no_line(tmp_path, capsys):
     assert gpu_suite.main(["--render", str(tmp_path / "tests.json")]) == 0
     assert capsys.readouterr().out == ""
+
+
+# ---- Two builds in turns ----
+
+
+def turn(this, other):
+    """A turn of one case: microseconds of both builds, twice as long in standard mode."""
+    builds = {"this": this, "other": other}
+    return {
+        b: {"prefill-shape": {"deterministic": x, "standard": 2 * x}} for b, x in builds.items()
+    }
+
+
+def test_builds_are_compared_turn_by_turn():
+    """A drift that meets both builds alike reaches no ratio; a slower build is seen."""
+    drifting = [turn(100.0, 100.0), turn(150.0, 150.0), turn(200.0, 200.0)]
+    (row,) = alternate.compare(drifting)
+    assert row["deterministic"]["ratio"] == row["standard"]["ratio"] == 1.0
+    assert row["deterministic"]["this"] == 150.0 and row["standard"]["other"] == 300.0
+    slower = [turn(103.0, 100.0), turn(154.5, 150.0), turn(203.0, 200.0)]
+    (row,) = alternate.compare(slower)
+    assert row["deterministic"]["ratio"] == 1.03
+    table = alternate.render({**record(), "other": "before", "turns": 3, "cases": [row]})
+    assert "| 1.030 (1.015..1.030) |" in table and "0 of 1 cases reach the target" in table
+
+
+def test_the_other_build_is_the_one_that_is_timed(tmp_path):
+    """Without a package in the tree, the one that is installed must not answer in its place."""
+    command = [sys.executable, "-m", "benchmarks.alternate", str(tmp_path), "--child", "decode"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0 and f"not from {tmp_path}" in done.stderr
