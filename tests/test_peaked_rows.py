@@ -8,6 +8,7 @@ rule of FlashAttention-2, which follows the running maximum.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -243,10 +244,48 @@ def test_control_an_integer_reference_loses_the_value():
 
 @pytest.mark.skipif(not ON_GPU, reason="the CPU family's probabilities are float32")
 def test_scores_beyond_sixteen_bits_keep_the_value():
-    """exp2(x scale - m) misses 1 by more than 16 bits where a score is in the tens of thousands."""
-    for dtype in (torch.float16, torch.bfloat16):
-        q = rows(1, 300, 2, 64, seed=1, dtype=dtype, amplitude=300.0)
-        k = rows(1, 300, 2, 64, seed=2, dtype=dtype, amplitude=300.0)
-        v = rows(1, 300, 2, 64, seed=3, dtype=dtype)
+    """exp2(x scale - m) misses 1 by more than 16 bits where a score is in the tens of thousands,
+    and one in a hundred of such references is an integer by chance."""
+    for dtype, amplitude in itertools.product((torch.float16, torch.bfloat16), (100.0, 300.0)):
+        q, k = (rows(1, 4000, 4, 64, seed=n, dtype=dtype, amplitude=amplitude) for n in (1, 2))
+        v = rows(1, 4000, 4, 64, seed=3, dtype=dtype)
         out = flash_attn_func(q, k, v, window_size=(0, 0))
-        assert_bitwise_equal(out, v, f"out, {dtype}")
+        assert_bitwise_equal(out, v, f"out, {dtype}, {amplitude:g}")
+
+
+def test_company_decides_nothing_for_a_row_of_one_key():
+    """Its score is an integer in log2 units but for a rounding; alone, and before rows whose
+    references are none."""
+    dtype, scale = torch.bfloat16, 0.125
+    to_log2 = torch.tensor(scale / math.log(2.0)).float()
+    q, k, v = (rows(1, 40, 1, 64, seed=n, dtype=dtype) for n in (1, 2, 3))
+    for n in range(1, 80):
+        rest = (torch.tensor(float(n)) / to_log2).float()  # of the product, in 16 bits at a time
+        q[0, 0, 0], k[0, 0, 0] = 0.0, 0.0
+        q[0, 0, 0, :3] = 1.0
+        for i in range(3):
+            k[0, 0, 0, i] = rest
+            rest = rest - k[0, 0, 0, i].float().cpu()
+        with deterministic():
+            results = [
+                flash_attn_func(*(x[:, :end] for x in (q, k, v)), causal=True, softmax_scale=scale,
+                                return_attn_probs=True)
+                for end in (1, 40)
+            ]  # fmt: skip
+        (alone, lse_alone, _), (out, lse, _) = results
+        assert_bitwise_equal(out[:, :1], alone, f"out, {n}")
+        assert_bitwise_equal(lse[:, :, :1], lse_alone, f"lse, {n}")
+
+
+@every_dtype
+def test_many_queries_of_a_sequence_of_one_key(dtype):
+    """Without a mask every query sees it; its dV is the sum of their gradients."""
+    q, dout = (rows(2, 300, H_Q, 64, seed=n, dtype=dtype) for n in (1, 4))
+    k, v = (rows(2, 1, H_KV, 64, seed=n, dtype=dtype) for n in (2, 3))
+    out = flash_attn_func(q, k, v)
+    assert_bitwise_equal(out, of_every_head(v).expand_as(out), "out")
+    dq, dk, dv = autograd(flash_attn_func, (q, k, v), dout)
+    assert_zero(dq, dk, q, k, v, dout * 300**0.5)
+    total = dout.unflatten(2, (H_KV, -1)).double().sum((1, 3))
+    rounding = max(torch.finfo(dtype).eps, 2.0**-20)
+    assert (dv[:, 0].double() - total).abs().max() <= rounding * total.abs().max()

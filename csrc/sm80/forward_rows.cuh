@@ -77,12 +77,9 @@ struct ForwardRows {
   // The end of a segment [begin, end), whose sums of p are in `sum`.
   __device__ __forceinline__ void close_segment(float (&sum)[kThreadRows], RowView const* rows,
                                                 int begin, int end, int lane) {
-    // An integer stays as it is, and a row that sees one key has another reference; but all large
-    // numbers are integers.
     bool any_closes = false;
 #pragma unroll
-    for (int r = 0; r < kThreadRows; ++r)
-      any_closes |= ceilf(m[r]) != m[r] || fabsf(m[r]) > 0x1p22f;
+    for (int r = 0; r < kThreadRows; ++r) any_closes |= may_close(m[r]);
     if (!__any_sync(kFullWarp, any_closes)) return;
     float weight[kThreadRows];
     bool any_weighs = false;

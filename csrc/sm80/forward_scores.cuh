@@ -83,6 +83,13 @@ __device__ __forceinline__ float closed_reference(float reference) {
   return reference == kNoReference ? -INFINITY : reference;
 }
 
+// Whether the end of a segment can change a row: an integer stays as it is, and so does the row of
+// one key that has one, unless its score is so large that its rounding shows in 16 bits. Asked of a
+// row before its end and by the end itself, so that a row's company decides nothing.
+__device__ __forceinline__ bool may_close(float reference) {
+  return ceilf(reference) != reference || fabsf(reference) > 0x1p10f;
+}
+
 // The end of a segment [begin, end): the reference of a row that sees keys of others too becomes an
 // integer. Returns what the segment's sums are multiplied by.
 //
@@ -92,6 +99,7 @@ template <class Element>
 __device__ __forceinline__ float close(float& reference, float& sum, RowView const& row, int begin,
                                        int end) {
   float weight = 1.0f;
+  if (!may_close(reference)) return weight;
   if (contract::closes({row.begin, row.end}, begin, end)) {
     weight = exp2_of(reference - ceilf(reference));
     reference = ceilf(reference);
