@@ -28,18 +28,10 @@ DETERMINISTIC_BIT = 1 << 62
 # softmax_d and S_dmask are padded to this many rows, as callers of the low-level ops expect.
 ROW_PADDING = 128
 
-# Keys: sequences are shorter, since an index tensor counts to 2^31 and no memory holds as many.
-_FARTHEST = 1 << 40
-
 
 def round_up(value: int, multiple: int) -> int:
     """The smallest multiple of ``multiple`` that is not below ``value``."""
     return (value + multiple - 1) // multiple * multiple
-
-
-def window_side(keys: int) -> int:
-    """A side of a window that no sequence can fill is none: kernels add positions to it."""
-    return keys if keys < _FARTHEST else -1
 
 
 def softmax_scale_of(q: Tensor, softmax_scale: float | None) -> float:
@@ -77,7 +69,10 @@ class Packing:
         return s_q, k.shape[1]
 
     def bounds(self, q: Tensor, k: Tensor) -> tuple[int, int]:
-        """``lengths`` as the kernels get them: no sequence is longer than what holds its tokens."""
+        """``lengths`` for ``plan``: no sequence is longer than what holds its tokens.
+
+        The ops that get the tensors take ``lengths`` and bound them in the same way.
+        """
         s_q, s_k = self.lengths(q, k)
         if self.cu_seqlens_q is None:
             return s_q, s_k
@@ -231,7 +226,7 @@ def _call_forward(
 ) -> None:
     q, k = tensors[0], tensors[1]
     assert q is not None and k is not None
-    s_q, s_k = packing.bounds(q, k)
+    s_q, s_k = packing.lengths(q, k)
     packing = packing.contiguous()
     _library.forward(
         *tensors,
@@ -247,8 +242,8 @@ def _call_forward(
         s_k,
         scoring.softmax_scale,
         scoring.causal,
-        window_side(scoring.window_left),
-        window_side(scoring.window_right),
+        scoring.window_left,
+        scoring.window_right,
         scoring.softcap,
         scoring.dropout_p,
         num_splits,
@@ -277,7 +272,7 @@ def backward(
     inputs = [contiguous_columns(x) for x in (dout, q, k, v, out)]
     gradients = [contiguous_columns(x) for x in (dq, dk, dv)]
     softmax_d = torch.zeros(softmax_d_shape(q, packing), dtype=torch.float32, device=q.device)
-    s_q, s_k = packing.bounds(q, k)
+    s_q, s_k = packing.lengths(q, k)
     packing = packing.contiguous()
     _library.backward(
         *inputs,
@@ -292,8 +287,8 @@ def backward(
         s_k,
         scoring.softmax_scale,
         scoring.causal,
-        window_side(scoring.window_left),
-        window_side(scoring.window_right),
+        scoring.window_left,
+        scoring.window_right,
         scoring.softcap,
         scoring.dropout_p,
     )

@@ -238,8 +238,8 @@ def _rows_like_q(x: Tensor) -> Tensor:
 def reduce_partials(partials: Partials, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Folds partials in ascending order in plain PyTorch, bit for bit as the kernels do.
 
-    References of a row that has several are integers in log2 units, so weights are powers of two,
-    and a fold rounds once:
+    Where a row has several segments, their references are integers in log2 units. Weights are then
+    powers of two, and a fold rounds once:
     O' = fma(O2, 2^(M2 - M'), O1 2^(M1 - M')), the same for the sums, where M' is M2 if that lies
     more than 8 above M1, else M1. What lies more than 126 below M' counts as nothing.
 

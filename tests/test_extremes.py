@@ -189,7 +189,7 @@ def test_a_loose_maximum_of_pages_and_of_used_keys():
 
 
 @pytest.mark.parametrize("maximum", [2**31, 2**63 - 1])
-def test_kernels_get_the_tokens_of_a_pack_as_the_longest_length(maximum):
+def test_a_plan_gets_the_tokens_of_a_pack_as_the_longest_length(maximum):
     """A grid that is sized by a loose maximum would count beyond 32 bits."""
     packing = _native.Packing(*PACK.values(), maximum, maximum)
     q, k, _ = pack()
