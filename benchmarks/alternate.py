@@ -5,8 +5,9 @@
     python -m benchmarks.alternate ../before --only decode --turns 5
     python -m benchmarks.alternate --render results/<gpu>/alternate.json
 
-A turn times every case of the other build, then of this one, then the other way round: a drift of
-the clock meets both alike. A ratio is the median over turns of this build's time over the other's.
+A turn times every case of the other build, then of this one; the next turn goes the other way
+round, so that a drift of the clock meets both alike. A ratio is the median over turns of this
+build's time over the other's.
 Writes results/<gpu>/alternate.json unless --only leaves cases out.
 """
 
@@ -37,7 +38,8 @@ def time_cases(tree: Path, parts: list[str]) -> dict[str, dict[str, float]]:
     from benchmarks.gpu.timing import time_case
 
     candidates = [ours(True), ours(False)]
-    rows = [time_case(case, candidates) for part in parts for case in TIMED[part]]
+    cases = [case for part in parts for case in TIMED[part]]
+    rows = [time_case(case, candidates, turns_wanted=1) for case in cases]
     return {row["case"]: {mode: row["us"][mode][1] for mode in MODES} for row in rows}
 
 

@@ -116,7 +116,11 @@ def prepare_all(
 
 
 def time_case(
-    case: Case, candidates: list[Attention], device: str = "cuda", clock: Clock = do_bench
+    case: Case,
+    candidates: list[Attention],
+    device: str = "cuda",
+    clock: Clock = do_bench,
+    turns_wanted: int = TURNS,
 ) -> dict[str, Any]:
     """One row of the record: microseconds (p20, p50, p80 of the turns), ratios, and what failed."""
     torch.manual_seed(0)
@@ -133,7 +137,7 @@ def time_case(
         calls, missing = prepare_all(case, candidates, tensors)
         turns: list[dict[str, float]] = []
         running = [attention for attention in candidates if attention.name in calls]
-        for _ in range(TURNS):
+        for _ in range(turns_wanted):
             turn = {}
             for attention in running:
                 with attention.context():

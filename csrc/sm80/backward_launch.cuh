@@ -61,7 +61,7 @@ template <class Traits>
 void launch_query_tiles(BackwardLaunch const& launch, cudaStream_t stream) {
   constexpr int kBytes = Traits::kTensorBytes + static_cast<int>(sizeof(QueryTileShared<Traits>));
   LayoutParams const& layout = launch.call.layout;
-  PackTiles const pack{layout.cu_seqlens_q, layout.b, layout.total_q, 1, Traits::kRows};
+  PackTiles const pack = query_tiles(layout, 1, Traits::kRows);
   launch_tiles<Traits>(query_tile_kernel<Traits>, kBytes, layout.h_q, layout.s_q, layout.s_k, pack,
                        launch, stream);
 }

@@ -30,7 +30,7 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksAProcessor) void q
   int const h_q = static_cast<int>(layout.h_q), b = static_cast<int>(layout.b);
   int const block_index = static_cast<int>(blockIdx.x);
   bool const in_slots = launch.slots > 0;
-  PackTiles const pack{layout.cu_seqlens_q, layout.b, layout.total_q, 1, Traits::kRows};
+  PackTiles const pack = query_tiles(layout, 1, Traits::kRows);
   Place const place = in_slots ? pack.at(block_index / h_q, block_index % h_q, h_q)
                                : place_of(block_index, h_q * b, launch.tiles, launch.section);
   int const head = place.head % h_q, batch = place.head / h_q;

@@ -35,7 +35,7 @@ __device__ __forceinline__ float add_products(float sum, uint4 const& x, uint4 c
 
 // Blocks of kQueries queries, in a pack by its tokens.
 FA_HOST_DEVICE PackTiles query_blocks(LayoutParams const& layout) {
-  return {layout.cu_seqlens_q, layout.b, layout.total_q, 1, kQueries};
+  return query_tiles(layout, 1, kQueries);
 }
 
 // A thread block has kQueries queries of one sequence, and all their heads.

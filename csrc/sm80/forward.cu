@@ -150,7 +150,7 @@ ForwardPlan plan_forward(ForwardParams const& params, Processors const& processo
   plan.few_rows = rows <= kFewRows;
   plan.tile_rows = tile_rows(bucket, plan.few_rows);
   plan.tiles = ceil_div(rows, plan.tile_rows);
-  PackTiles const pack = query_tiles(layout, plan.tile_rows);
+  PackTiles const pack = query_tiles(layout, layout.h_q / layout.h_kv, plan.tile_rows);
   if (pack.are_fewer(plan.tiles, layout.h_kv)) plan.slots = pack.count();
   int64_t const tiles = (plan.slots > 0 ? plan.slots : plan.tiles * layout.b) * layout.h_kv;
   int64_t const places = processors.count * blocks_a_processor(bucket, plan.few_rows);
@@ -202,8 +202,9 @@ void forward(ForwardParams const& call, ForwardPlan const& plan, float* scratch,
     auto* const places = reinterpret_cast<Place*>(scratch);
     scratch += plan.list_floats;
     auto const blocks = static_cast<unsigned>(ceil_div(plan.work, kRestThreads));
-    places_kernel<<<blocks, kRestThreads, 0, on>>>(query_tiles(call.layout, plan.tile_rows),
-                                                   plan.slots, call.layout.h_kv, places);
+    places_kernel<<<blocks, kRestThreads, 0, on>>>(
+        query_tiles(call.layout, launch.group, plan.tile_rows), plan.slots, call.layout.h_kv,
+        places);
     cuda::check(cudaGetLastError());
     launch.places = places;
   }

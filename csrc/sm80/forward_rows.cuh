@@ -35,11 +35,13 @@ struct ForwardRows {
   // l = l a + sum(p); o = o a. between(r) runs once a thread row.
   template <class Between>
   __device__ __forceinline__ void softmax(Scores& s, float exponent_scale, Between const& between) {
+    // A row moves if and only if the largest of some lane of its quad would move it, so lanes are
+    // not asked for theirs before one does.
     float top[kThreadRows];
     bool any_moves = false;
 #pragma unroll
     for (int r = 0; r < kThreadRows; ++r) {
-      top[r] = max_of_quad(largest_score(s, r));
+      top[r] = largest_score(s, r);
       any_moves |= moves(m[r], top[r], exponent_scale);
       between(r);
     }
@@ -50,8 +52,8 @@ struct ForwardRows {
 #pragma unroll
       for (int r = 0; r < kThreadRows; ++r) {
         any_sums |= m[r] != kNoReference;
-        rescale[r] = move(m[r], top[r], exponent_scale, [&](float largest) {
-          return all_of_quad(is_near(largest_score(s, r), largest, exponent_scale));
+        rescale[r] = move(m[r], max_of_quad(top[r]), exponent_scale, [&](float largest) {
+          return all_of_quad(is_near(top[r], largest, exponent_scale));
         });
         l[r] *= rescale[r];
       }

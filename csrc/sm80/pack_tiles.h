@@ -50,9 +50,10 @@ struct PackTiles {
 #endif
 };
 
-// Of queries, all heads of a group, or of keys.
-FA_HOST_DEVICE inline PackTiles query_tiles(LayoutParams const& layout, int64_t tile_rows) {
-  return {layout.cu_seqlens_q, layout.b, layout.total_q, layout.h_q / layout.h_kv, tile_rows};
+// Of queries, of which `heads` lie in one tile, or of keys.
+FA_HOST_DEVICE inline PackTiles query_tiles(LayoutParams const& layout, int64_t heads,
+                                            int64_t tile_rows) {
+  return {layout.cu_seqlens_q, layout.b, layout.total_q, heads, tile_rows};
 }
 FA_HOST_DEVICE inline PackTiles key_tiles(LayoutParams const& layout, int64_t tile_keys) {
   return {layout.cu_seqlens_k, layout.b, layout.total_k, 1, tile_keys};
