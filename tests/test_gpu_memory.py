@@ -1,6 +1,6 @@
 """Memory of a training loop whose graphs are captured: PyTorch's pools, and nothing of ours."""
 
-import gc
+import multiprocessing
 
 import pytest
 import torch
@@ -30,11 +30,9 @@ def attentions():
     }
 
 
-def reserved_by_step(attention):
+def reserved_by_step(name):
     """MiB that PyTorch holds after each step of a compiled layer, beyond those at its start."""
-    torch._dynamo.reset()
-    gc.collect()
-    torch.cuda.empty_cache()
+    attention = attentions()[name]
     torch.manual_seed(0)
     width = HEADS * D
     options = {"device": DEVICE, "dtype": torch.bfloat16}
@@ -57,7 +55,11 @@ def reserved_by_step(attention):
 
 def test_captured_training_holds_what_pytorchs_own_attention_holds():
     """Flat once every graph is captured, and no more than SDPA in the same loop."""
-    held = {name: reserved_by_step(attention) for name, attention in attentions().items()}
+    held = {}
+    for name in attentions():
+        # A process of its own: what another loop left in the allocator and in cuBLAS counts else.
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            held[name] = pool.apply(reserved_by_step, (name,))
     for name, by_step in held.items():
         assert len(set(by_step[SETTLED:])) == 1, (name, by_step)
         assert by_step[-1] <= held["sdpa"][-1] + 2, (name, by_step[-1], held["sdpa"][-1])

@@ -16,12 +16,10 @@ struct RowView {
   float alibi_slope = 0.0f;  // log2 units
 };
 
-// Row `flat` of key head head_kv: the query heads of a group are adjacent rows of the same query.
 __device__ __forceinline__ RowView view_row(ScoreParams const& score, Sequence const& s, int batch,
-                                            int head_kv, int group, int flat) {
+                                            int query, int head) {
   RowView row;
-  row.query = flat / group;
-  row.head = head_kv * group + flat % group;
+  row.query = query, row.head = head;
   contract::KeyRange const seen =
       contract::visible_keys(row.query, s.s_q, s.s_k, score.window_left, score.window_right);
   row.begin = static_cast<int>(seen.begin), row.end = static_cast<int>(seen.end);

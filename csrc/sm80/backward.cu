@@ -63,7 +63,10 @@ void backward(BackwardParams const& call, float* scratch, int* tickets, void* st
   auto const on = static_cast<cudaStream_t>(stream);
   LayoutParams const& layout = call.layout;
   check_positions(layout);
-  BackwardLaunch launch{call, cuda::ScoreScale::of(call.score), 0, 0, 1, layout.d % 8 == 0};
+  BackwardLaunch launch;
+  launch.call = call;
+  launch.scale = cuda::ScoreScale::of(call.score);
+  launch.aligned = layout.d % 8 == 0;
   launch.sums = {reinterpret_cast<float4*>(scratch), tickets + 1, backward_scratch(call).blocks};
   launch.next_ticket = tickets;
   int device = 0;

@@ -30,15 +30,15 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksAProcessor) void k
   LayoutParams const& layout = call.layout;
   int const warp = threadIdx.x / 32, lane = threadIdx.x % 32, d = static_cast<int>(layout.d);
 
-  int const h_kv = static_cast<int>(layout.h_kv), b = static_cast<int>(layout.b);
+  int const h_kv = static_cast<int>(layout.h_kv);
   int const block_index = static_cast<int>(blockIdx.x);
   Place const place =
       launch.slots > 0
           ? key_tiles(layout, Traits::kRows).at(block_index / h_kv, block_index % h_kv, h_kv)
-          : place_of(block_index, h_kv * b, launch.tiles, launch.section);
-  int const head_kv = place.head % h_kv, batch = place.head / h_kv;
+          : launch.order.at(block_index);
+  int const head_kv = launch.order.head_of(place), batch = launch.order.batch_of(place);
   int const tile = place.rank;  // early keys are seen by more queries
-  int const group = static_cast<int>(layout.h_q / layout.h_kv);
+  int const group = static_cast<int>(layout.h_q) / h_kv;
   Sequence const s = sequence_of(layout, batch);
   int const s_q = static_cast<int>(s.s_q), s_k = static_cast<int>(s.s_k);
   int const first_key = tile * Traits::kRows, warp_row = warp * kWarpRows;

@@ -16,9 +16,10 @@ template <class Traits>
 void launch_tiles(void (*kernel)(BackwardLaunch), int shared_bytes, int64_t heads, int64_t length,
                   int64_t read_again, PackTiles const& pack, BackwardLaunch launch,
                   cudaStream_t stream) {
-  launch.section = heads_a_section(read_again * Traits::kD * 4, heads * launch.call.layout.b);
   int64_t const blocks = count_tiles(launch, pack, length, heads);
   if (blocks == 0) return;
+  set_order(launch, heads,
+            heads_a_section(read_again * Traits::kD * 4, heads * launch.call.layout.b));
   constexpr int kDefaultBytes = 48 * 1024;
   if (shared_bytes > kDefaultBytes) {
     fa::cuda::check(
@@ -31,10 +32,10 @@ void launch_tiles(void (*kernel)(BackwardLaunch), int shared_bytes, int64_t head
 // Heads that are worked on together when `slots` thread blocks run at once. Tiles of one head that
 // run at the same time read the same queries, but each lags behind the one before it, whose part of
 // dQ it waits for. A short walk does not make up for many lags; a long one saves reads.
-inline int heads_a_walk(int64_t slots, int64_t tiles, int64_t heads) {
+inline int64_t heads_a_walk(int64_t slots, int64_t tiles, int64_t heads) {
   int64_t const at_once = tiles > 64 ? 12 : tiles > 8 ? 8 : 4;
   int64_t const wanted = (slots + at_once - 1) / at_once;
-  return static_cast<int>(wanted < heads ? wanted : heads);
+  return wanted < heads ? wanted : heads;
 }
 
 template <class Traits>
@@ -45,8 +46,8 @@ void launch_key_walk(BackwardLaunch const& given, cudaStream_t stream) {
   int64_t const blocks =
       count_tiles(launch, key_tiles(layout, Traits::kKeys), layout.s_k, layout.h_kv);
   if (blocks == 0) return;
-  launch.section =
-      heads_a_walk(launch.processors.count * Traits::kBlocksAProcessor, launch.tiles, heads);
+  int64_t const at_once = launch.processors.count * Traits::kBlocksAProcessor;
+  set_order(launch, layout.h_kv, heads_a_walk(at_once, launch.tiles, heads));
   bool const fits = Traits::kBlocksAProcessor * (Traits::shared_bytes(2) + kReservedBytes) <=
                     launch.processors.shared_bytes;
   launch.stages = fits ? 2 : 1;

@@ -21,6 +21,12 @@ inline int64_t count_tiles(BackwardLaunch& launch, PackTiles const& pack, int64_
   return checked_blocks((launch.slots > 0 ? launch.slots : longest * pack.b) * heads);
 }
 
+// The order in which those tiles start; `section` heads are worked on together.
+inline void set_order(BackwardLaunch& launch, int64_t heads, int64_t section) {
+  launch.order =
+      WorkOrder::of(launch.call.layout.b, heads, launch.slots > 0 ? 1 : launch.tiles, section);
+}
+
 template <class Traits>
 void launch_query_tiles(BackwardLaunch const& launch, cudaStream_t stream);
 template <class Traits>

@@ -27,13 +27,13 @@ __global__ __launch_bounds__(Traits::kThreads, Traits::kBlocksAProcessor) void q
   LayoutParams const& layout = call.layout;
   int const warp = threadIdx.x / 32, lane = threadIdx.x % 32, d = static_cast<int>(layout.d);
 
-  int const h_q = static_cast<int>(layout.h_q), b = static_cast<int>(layout.b);
+  int const h_q = static_cast<int>(layout.h_q);
   int const block_index = static_cast<int>(blockIdx.x);
   bool const in_slots = launch.slots > 0;
   PackTiles const pack = query_tiles(layout, 1, Traits::kRows);
-  Place const place = in_slots ? pack.at(block_index / h_q, block_index % h_q, h_q)
-                               : place_of(block_index, h_q * b, launch.tiles, launch.section);
-  int const head = place.head % h_q, batch = place.head / h_q;
+  Place const place =
+      in_slots ? pack.at(block_index / h_q, block_index % h_q, h_q) : launch.order.at(block_index);
+  int const head = launch.order.head_of(place), batch = launch.order.batch_of(place);
   int const tile = in_slots ? place.rank : launch.tiles - 1 - place.rank;  // late see more keys
   Sequence const s = sequence_of(layout, batch);
   int const s_q = static_cast<int>(s.s_q), s_k = static_cast<int>(s.s_k);

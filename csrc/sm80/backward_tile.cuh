@@ -70,13 +70,13 @@ struct KeyWalk {
 
   __device__ void run() {
     LayoutParams const& layout = call.layout;
-    int const h_kv = static_cast<int>(layout.h_kv), heads = h_kv * static_cast<int>(layout.b);
+    int const h_kv = static_cast<int>(layout.h_kv);
     if (threadIdx.x == 0) at.ticket = atomicAdd(launch.next_ticket, 1);  // integer
     __syncthreads();                                                     // the ticket is there
     Place const place = launch.slots > 0
                             ? key_tiles(layout, kKeys).at(at.ticket / h_kv, at.ticket % h_kv, h_kv)
-                            : place_of(at.ticket, heads, launch.tiles, launch.section);
-    int const head_kv = place.head % h_kv, batch = place.head / h_kv;
+                            : launch.order.at(at.ticket);
+    int const head_kv = launch.order.head_of(place), batch = launch.order.batch_of(place);
     if (threadIdx.x == 0) {
       Sequence const s = sequence_of(layout, batch);
       at.sequence = s;

@@ -37,8 +37,7 @@ __global__ __launch_bounds__(32 * kWarps) void dmask_kernel(
   Sequence const s = sequence_of(layout, batch);
   if (query >= s.s_q) return;
   int const group = static_cast<int>(layout.h_q / layout.h_kv);
-  RowView const row = view_row(call.score, s, static_cast<int>(batch), head / group, group,
-                               query * group + head % group);
+  RowView const row = view_row(call.score, s, static_cast<int>(batch), query, head);
   auto const* const q = reinterpret_cast<Element const*>(query_row(call.q, s, query, head, 2));
   KeyRows const keys = key_rows(call.k, layout, s, head / group, 2);
   auto const score = [&](int key) {

@@ -32,8 +32,8 @@ struct ForwardPlan {
   int64_t num_segments = 0;  // of the longest sequence
   int64_t pieces = 1;        // parts that a tile's segments are cut into to run side by side
   Segmentation segmentation;
-  int64_t work = 0;     // tiles of the call, times pieces
-  int section = 1;      // heads that are worked on together
+  int64_t work = 0;  // tiles of the call, times pieces
+  WorkOrder order;
   int64_t blocks = 0;   // thread blocks; with fewer than work, each takes the next when it is free
   int fold_shared = 0;  // vectors a thread of a fold that lie in shared memory, not in scratch
   int64_t scratch_floats = 0, list_floats = 0;  // of folds or partials; of a pack's tiles
@@ -54,13 +54,13 @@ struct ForwardLaunch {
   ForwardParams call;
   cuda::ScoreScale scale;
   ForwardPlan plan;
-  int group;                      // query heads of a key head
-  bool aligned;                   // every row lies on sixteen bytes
-  bool partials;                  // hand closed segments on instead of folding them
-  bool follows = false;           // the fold may be launched while the pieces run
-  Place const* places = nullptr;  // [work], where plan.slots says so; null: by place_of
-  float4* folds = nullptr;        // [blocks, fold_vectors - plan.fold_shared, threads]
-  int* next_work = nullptr;       // taken so far, beyond the first of each block; null: one each
+  cuda::Divisor group, tiles, pieces;  // query heads of a key head; plan.tiles, plan.pieces
+  bool aligned;                        // every row lies on sixteen bytes
+  bool partials;                       // hand closed segments on instead of folding them
+  bool follows = false;                // the fold may be launched while the pieces run
+  Place const* places = nullptr;       // [work], where plan.slots says so; null: by plan.order
+  float4* folds = nullptr;             // [blocks, fold_vectors - plan.fold_shared, threads]
+  int* next_work = nullptr;  // taken so far, beyond the first of each block; null: one each
 };
 
 // Runs on `stream` (a cudaStream_t) of the current device. When call.partials is set, the caller
@@ -88,10 +88,10 @@ BackwardScratch backward_scratch(BackwardParams const&);
 struct BackwardLaunch {
   BackwardParams call;
   cuda::ScoreScale scale;
-  int tiles;     // of the longest sequence: of queries, or of keys
-  int slots;     // of a pack, where they are fewer by far (pack_tiles.h); else 0
-  int section;   // heads that are worked on together
-  bool aligned;  // every row lies on sixteen bytes
+  int tiles = 0;  // of the longest sequence: of queries, or of keys
+  int slots = 0;  // of a pack, where they are fewer by far (pack_tiles.h); else 0
+  WorkOrder order;
+  bool aligned = false;  // every row lies on sixteen bytes
   // Of the kernel that walks once.
   QuerySums sums;
   int* next_ticket = nullptr;  // thread blocks that have started

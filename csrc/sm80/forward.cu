@@ -173,7 +173,8 @@ ForwardPlan plan_forward(ForwardParams const& params, Processors const& processo
   if (plan.few_rows) plan.company = company_of(plan, layout, places, processors);
   // Pieces share no keys, and late ones, which are longer, go first among all heads.
   int64_t const bytes = plan.pieces > 1 ? 0 : 4 * layout.s_k * bucket;
-  plan.section = heads_a_section(bytes, layout.h_kv * layout.b);
+  plan.order = WorkOrder::of(layout.b, layout.h_kv, plan.slots > 0 ? 1 : plan.tiles * plan.pieces,
+                             heads_a_section(bytes, layout.h_kv * layout.b));
   if (plan.pieces > 1) {
     plan.scratch_floats = partial_floats;
   } else if (plan.num_segments > 1 && !plan.few_rows) {  // few rows fold in registers
@@ -194,7 +195,9 @@ void forward(ForwardParams const& call, ForwardPlan const& plan, float* scratch,
   launch.call = call;
   launch.scale = cuda::ScoreScale::of(call.score);
   launch.plan = plan;
-  launch.group = static_cast<int>(call.layout.h_q / call.layout.h_kv);
+  launch.group = cuda::Divisor::of(call.layout.h_q / call.layout.h_kv);
+  if (plan.slots == 0 && plan.tiles > 0) launch.tiles = cuda::Divisor::of(plan.tiles);
+  launch.pieces = cuda::Divisor::of(plan.pieces);
   launch.aligned = call.layout.d % 8 == 0 && on_sixteen_bytes(call.q) && on_sixteen_bytes(call.k) &&
                    on_sixteen_bytes(call.v) && on_sixteen_bytes(call.out);
   auto const on = static_cast<cudaStream_t>(stream);
@@ -203,7 +206,7 @@ void forward(ForwardParams const& call, ForwardPlan const& plan, float* scratch,
     scratch += plan.list_floats;
     auto const blocks = static_cast<unsigned>(ceil_div(plan.work, kRestThreads));
     places_kernel<<<blocks, kRestThreads, 0, on>>>(
-        query_tiles(call.layout, launch.group, plan.tile_rows), plan.slots, call.layout.h_kv,
+        query_tiles(call.layout, launch.group.by, plan.tile_rows), plan.slots, call.layout.h_kv,
         places);
     cuda::check(cudaGetLastError());
     launch.places = places;

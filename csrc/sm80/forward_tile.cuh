@@ -42,18 +42,15 @@ struct ForwardTile {
   // Late rows see more keys and late segments are longer, so both go first.
   __device__ void find_place(int work) {
     if (threadIdx.x == 0) {
-      int const h_kv = static_cast<int>(call.layout.h_kv), b = static_cast<int>(call.layout.b);
-      int const tiles = static_cast<int>(launch.plan.tiles);
-      int const pieces = static_cast<int>(launch.plan.pieces);
       bool const listed = launch.places != nullptr;
-      Place const found = listed ? launch.places[work]
-                                 : place_of(work, h_kv * b, tiles * pieces, launch.plan.section);
-      int const head_kv = found.head % h_kv, batch = found.head / h_kv;
+      Place const found = listed ? launch.places[work] : launch.plan.order.at(work);
+      int const head_kv = launch.plan.order.head_of(found);
+      int const batch = launch.plan.order.batch_of(found);
       place.head_kv = head_kv, place.batch = batch;
-      place.tile = listed ? found.rank : tiles - 1 - found.rank % tiles;
-      place.piece = listed ? 0 : pieces - 1 - found.rank / tiles;
+      place.tile = listed ? found.rank : launch.tiles.by - 1 - launch.tiles.remainder(found.rank);
+      place.piece = listed ? 0 : launch.pieces.by - 1 - launch.tiles.quotient(found.rank);
       Sequence const s = sequence_of(call.layout, batch);
-      place.num_rows = static_cast<int>(s.s_q) * launch.group;
+      place.num_rows = static_cast<int>(s.s_q) * launch.group.by;
       place.keys.set(call.layout, call.k, s, head_kv, launch.aligned);
       place.values.set(call.layout, call.v, s, head_kv, launch.aligned);
     }
@@ -64,14 +61,15 @@ struct ForwardTile {
   __device__ bool find_rows() {
     // The last sequence of a pack: what lies behind it is its tiles' to write, if nobody else does.
     if (!launch.places && place.batch == call.layout.b - 1 && place.piece == 0) {
-      write_the_rest(launch, place.head_kv, place.tile, static_cast<int>(launch.plan.tiles));
+      write_the_rest(launch, place.head_kv, place.tile, launch.tiles.by);
     }
     int const first = place.tile * kRows, row = static_cast<int>(threadIdx.x);
     if (first >= place.num_rows) return false;
-    if (row < kRows) {
-      place.rows[row] = first + row < place.num_rows
-                            ? view_row(call.score, sequence(), place.batch, place.head_kv,
-                                       launch.group, first + row)
+    if (row < kRows) {  // the query heads of a group are adjacent rows of the same query
+      int const flat = first + row, query = launch.group.quotient(flat);
+      int const head = place.head_kv * launch.group.by + launch.group.remainder(flat);
+      place.rows[row] = flat < place.num_rows
+                            ? view_row(call.score, sequence(), place.batch, query, head)
                             : RowView{};
     }
     __syncthreads();  // the rows are there
@@ -90,10 +88,10 @@ struct ForwardTile {
   // last ends. From the begin of a load on, which no segment's begin cuts.
   __device__ contract::KeyRange keys() const {
     int const num_segments = static_cast<int>(launch.plan.segmentation.count(place.keys.s_k));
-    int const pieces = static_cast<int>(launch.plan.pieces), piece = place.piece;
-    return {
-        max(segment_begin(num_segments * piece / pieces), place.rows[0].begin & -Traits::kLoadKeys),
-        min(segment_begin(num_segments * (piece + 1) / pieces), place.rows[rows_here() - 1].end)};
+    int const begin = segment_begin(launch.pieces.quotient(num_segments * place.piece));
+    int const end = segment_begin(launch.pieces.quotient(num_segments * (place.piece + 1)));
+    return {max(begin, place.rows[0].begin & -Traits::kLoadKeys),
+            min(end, place.rows[rows_here() - 1].end)};
   }
 
   // A row of the tile, of the tensor t; null: there is no such row.

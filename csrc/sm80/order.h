@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#include "csrc/core/host_device.h"
+#include "csrc/cuda/divisor.h"
 
 namespace fa::sm80 {
 
@@ -17,18 +17,44 @@ struct Place {
   int rank;  // of the tile among its head's, in the order in which they start
 };
 
+struct WorkOrder {
+  int heads = 0, tiles = 0;  // of all sequences; of a head
+  int section = 1;           // heads that are worked on together
+  cuda::Divisor section_work, section_heads, last_section_heads;
+  cuda::Divisor sequence_heads;
+
+  static WorkOrder of(int64_t batch, int64_t heads, int64_t tiles, int64_t section) {
+    WorkOrder order;
+    if (batch * heads * tiles == 0) return order;
+    int64_t const all = batch * heads, left_over = all % section;
+    order.heads = static_cast<int>(all), order.tiles = static_cast<int>(tiles);
+    order.section = static_cast<int>(section);
+    order.section_work = cuda::Divisor::of(section * tiles);
+    order.section_heads = cuda::Divisor::of(section);
+    order.last_section_heads = cuda::Divisor::of(left_over > 0 ? left_over : section);
+    order.sequence_heads = cuda::Divisor::of(heads);
+    return order;
+  }
+  FA_HOST_DEVICE Place at(int work) const {
+    int const first = section_work.quotient(work) * section, rest = work - first * tiles;
+    bool const is_last = heads - first < section;
+    cuda::Divisor const& here = is_last ? last_section_heads : section_heads;
+    int const rank = here.quotient(rest);
+    return {first + rest - rank * here.by, rank};
+  }
+  FA_HOST_DEVICE int batch_of(Place const& place) const {
+    return sequence_heads.quotient(place.head);
+  }
+  FA_HOST_DEVICE int head_of(Place const& place) const {
+    return sequence_heads.remainder(place.head);
+  }
+};
+
 // Heads of a section when each reads `bytes` again and again.
-inline int heads_a_section(int64_t bytes, int64_t heads) {
+inline int64_t heads_a_section(int64_t bytes, int64_t heads) {
   constexpr int64_t kCached = 16 * 1024 * 1024;
   int64_t const fit = bytes > 0 ? kCached / bytes : heads;
-  return static_cast<int>(fit < 1 ? 1 : fit < heads ? fit : heads > 0 ? heads : 1);
-}
-
-FA_HOST_DEVICE inline Place place_of(int work, int heads, int tiles, int section) {
-  int const first = work / (section * tiles) * section;
-  int const here = heads - first < section ? heads - first : section;
-  int const rest = work - first * tiles;
-  return {first + rest % here, rest / here};
+  return fit < 1 ? 1 : fit < heads ? fit : heads > 0 ? heads : 1;
 }
 
 }  // namespace fa::sm80

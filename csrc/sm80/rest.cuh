@@ -23,7 +23,7 @@ __device__ inline void write_the_rest(ForwardLaunch const& launch, int head_kv, 
     token += last.first_query + last.s_q;
   }
   for (; token < layout.total_q; token += parts) {
-    for (int head = head_kv * launch.group; head < (head_kv + 1) * launch.group; ++head) {
+    for (int head = head_kv * launch.group.by; head < (head_kv + 1) * launch.group.by; ++head) {
       uint16_t* const row = static_cast<uint16_t*>(call.out.data) + token * call.out.row_stride +
                             head * call.out.head_stride;
       for (int i = threadIdx.x; i < layout.d; i += blockDim.x) row[i] = 0;
