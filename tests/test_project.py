@@ -12,8 +12,15 @@ import pytest
 import flash_attn
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("csrc/**/*.md"), *ROOT.glob("docs/**/*.md")])
-CODE_FOLDERS = ["flash_attn", "csrc", "tests", "benchmarks"]
+DOCUMENTS = sorted(
+    [
+        *ROOT.glob("*.md"),
+        *ROOT.glob("csrc/**/*.md"),
+        *ROOT.glob("docs/**/*.md"),
+        *ROOT.glob("patches/*.md"),
+    ]
+)
+CODE_FOLDERS = ["flash_attn", "csrc", "tests", "benchmarks", "patches"]
 CODE_SUFFIXES = {".py", ".h", ".cpp", ".cu", ".cuh"}
 
 MAX_LINES, HARD_MAX_LINES = 500, 700
