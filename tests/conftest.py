@@ -42,6 +42,7 @@ NOT_ON_GPU = (
     "test_bert_padding.py",
     "test_cuda_build.py",
     "test_notebook.py",
+    "test_patches.py",
     "test_project.py",
     "test_wheel.py",
 )
