@@ -10,16 +10,10 @@ from pathlib import Path
 import pytest
 
 import flash_attn
+from benchmarks import documents, picture
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = sorted(
-    [
-        *ROOT.glob("*.md"),
-        *ROOT.glob("csrc/**/*.md"),
-        *ROOT.glob("docs/**/*.md"),
-        *ROOT.glob("patches/*.md"),
-    ]
-)
+DOCUMENTS = documents.documents()
 CODE_FOLDERS = ["flash_attn", "csrc", "tests", "benchmarks", "patches"]
 CODE_SUFFIXES = {".py", ".h", ".cpp", ".cu", ".cuh"}
 
@@ -130,28 +124,44 @@ def test_links_in_documents_exist(document):
             assert anchor in slugs, f"{document.name} links to {target}"
 
 
-def recorded_outputs():
-    """(command, text) of each block from `<!-- output of: command -->` to `<!-- end -->`."""
-    for document in DOCUMENTS:
-        pattern = r"<!-- output of: (.*?) -->\n(.*?)<!-- end -->"
-        for command, text in re.findall(pattern, document.read_text(), re.DOTALL):
-            fenced = re.fullmatch(r"\s*```\w*\n(.*?)```\s*", text, re.DOTALL)
-            yield pytest.param(command, fenced[1] if fenced else text, id=document.name)
+RECORDED = [
+    pytest.param(command, text, id=document.relative_to(ROOT).as_posix())
+    for document in DOCUMENTS
+    for command, text in documents.blocks(document)
+]
 
 
-@pytest.mark.parametrize(("command", "text"), list(recorded_outputs()))
+@pytest.mark.parametrize(("command", "text"), RECORDED)
 def test_recorded_outputs_agree_with_results(command, text):
     """What a document shows as a result is what its command prints from the committed files."""
-    words = shlex.split(command)
-    if words[0] == "cat":
-        printed = (ROOT / words[1]).read_text()
-    else:
-        assert words[0] == "python", f"only python and cat are run from a document: {command}"
-        done = subprocess.run(
-            [sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True, check=True
-        )
-        printed = done.stdout
-    assert text.strip() == printed.strip()
+    rule = "python -m benchmarks.documents puts it in anew"
+    assert text.strip() == documents.printed(command).strip(), rule
+
+
+def test_documents_are_refreshed():
+    """A block gets what its command prints, and keeps its fence; the text around it stays."""
+    licence = (ROOT / "LICENSE").read_text().strip()
+    block = "<!-- output of: cat LICENSE -->\n{}\n<!-- end -->"
+    fence = "```text\n{}\n```"
+    text = "before\n{}\nbetween\n{}\nafter\n"
+    old = text.format(block.format("old"), block.format(fence.format("old")))
+    new = text.format(block.format(licence), block.format(fence.format(licence)))
+    assert documents.refreshed(old) == new == documents.refreshed(new)
+    with pytest.raises(ValueError, match="only python and cat"):
+        documents.printed("rm -r results")
+
+
+def test_the_picture_shows_the_results(tmp_path):
+    """Drawn again from results/: the counts and names that the committed picture shows."""
+    pytest.importorskip("matplotlib")
+    folder, again = ROOT / "results/nvidia-h200", tmp_path / "picture.svg"
+    assert picture.main([str(folder), str(again)]) == 0
+    counts = picture.bytes_that_differ(json.loads((folder / "patched_upstream.json").read_text()))
+    for drawn in (again.read_text(), (ROOT / "docs/picture.svg").read_text()):
+        for call, by_side in counts.items():
+            assert f">{call}<" in drawn
+            assert all(f"{count:,}<" in drawn for count in by_side.values())
+    assert all(by_side["this package, deterministic"] == 0 for by_side in counts.values())
 
 
 def test_benchmark_runs_and_renders_its_record(tmp_path):
