@@ -7,8 +7,7 @@
 
 A turn times every case of the other build, then of this one; the next turn goes the other way
 round, so that a drift of the clock meets both alike. A ratio is the median over turns of this
-build's time over the other's.
-Writes results/<gpu>/alternate.json unless --only leaves cases out.
+build's time over the other's. Writes results/<gpu>/alternate.json unless --only leaves cases out.
 """
 
 from __future__ import annotations
@@ -16,10 +15,11 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from benchmarks.child import answer_of
 
 MODES = ("deterministic", "standard")
 TARGET = 1.01  # a change of numerics may cost a percent
@@ -45,10 +45,7 @@ def time_cases(tree: Path, parts: list[str]) -> dict[str, dict[str, float]]:
 
 def in_a_process(tree: Path, parts: list[str]) -> dict[str, dict[str, float]]:
     command = [sys.executable, "-m", "benchmarks.alternate", str(tree), "--child", *parts]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise SystemExit(f"{tree}: {done.stderr.strip()[-2000:]}")
-    found: dict[str, dict[str, float]] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, dict[str, float]] = answer_of(command, str(tree))
     return found
 
 

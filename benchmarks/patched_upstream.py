@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+from benchmarks.child import answer_of
 from patches import apply
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,10 +88,7 @@ def build(tree: Path, objects: Path) -> Path:
 def measure(folder: Path, library: Path | None = None) -> dict[str, Any]:
     """What either_package.py finds, in a process of its own."""
     command = [sys.executable, str(CHILD), str(folder), *([str(library)] if library else [])]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise SystemExit(f"{folder}: {done.stderr.strip()[-3000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = answer_of(command, str(folder))
     return found
 
 

@@ -63,19 +63,15 @@ def digest(content: bytes) -> str:
 
 def require(tree: Path, wanted: str) -> None:
     """Refusal unless every file of the tree is in the state that is wanted."""
-    wrong = [
-        f"  {patch.file}: {state}"
-        for patch in PATCHES
-        if (state := patch.state(tree)) != wanted
-        and not (state in ("before", "after") and patch.before == patch.after)
-    ]
-    if not wrong:
+    states = {patch.file: patch.state(tree) for patch in PATCHES}
+    found = set(states.values())
+    if found == {wanted}:
         return
-    states = {patch.state(tree) for patch in PATCHES}
-    if states == {"after"}:
+    if found == {"after"}:
         raise Refusal(f"{tree} is patched already; --undo takes the patches out")
-    if states == {"before"}:
+    if found == {"before"}:
         raise Refusal(f"{tree} is not patched: there is nothing to undo")
+    wrong = [f"  {file}: {state}" for file, state in states.items() if state != wanted]
     raise Refusal(
         f"{tree} is not what these patches were made for; received\n"
         + "\n".join(wrong)

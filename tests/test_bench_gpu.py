@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend
 
 from benchmarks import alternate, bench_gpu, gpu_suite, sanitize, sanitized_calls
 from benchmarks.cases import Case
+from benchmarks.child import answer_of
 from benchmarks.gpu import cases, memory
 from benchmarks.gpu.attentions import ours, sdpa_on
 from benchmarks.gpu.tables import render
@@ -107,7 +108,7 @@ def test_verdicts_on_memory(mib, backward, verdict):
 
 
 def test_render_needs_no_gpu(tmp_path):
-    """The command that README's tables come from."""
+    """The command that the tables in results/ come from."""
     path = tmp_path / "bench.json"
     path.write_text(json.dumps(record(time_row())))
     command = [sys.executable, "-m", "benchmarks.bench_gpu", "--render", str(path)]
@@ -359,6 +360,13 @@ def test_builds_are_compared_turn_by_turn():
     assert row["deterministic"]["ratio"] == 1.03
     table = alternate.render({**record(), "other": "before", "turns": 3, "cases": [row]})
     assert "| 1.030 (1.015..1.030) |" in table and "0 of 1 cases reach the target" in table
+
+
+def test_a_measurement_in_a_process_answers_or_says_why():
+    noisy = "print('loading'); print('[1, 2]')"
+    assert answer_of([sys.executable, "-c", noisy], "noisy") == [1, 2]
+    with pytest.raises(SystemExit, match=r"(?s)broken: .*no such build"):
+        answer_of([sys.executable, "-c", "raise SystemExit('no such build')"], "broken")
 
 
 def test_the_other_build_is_the_one_that_is_timed(tmp_path):
