@@ -48,6 +48,13 @@ def options(q: Tensor, **given: Tensor | None) -> None:
             same_device(name, x, q)
 
 
+def present(**given: Tensor | None) -> None:
+    """Arguments whose absence would make another call of this one."""
+    for name, x in given.items():
+        if x is None:
+            tensor(name, x)
+
+
 def tensor(name: str, x: object) -> None:
     if not isinstance(x, Tensor):
         rule = "a torch.Tensor; torch.as_tensor makes one of a list or a NumPy array"

@@ -24,6 +24,7 @@ from flash_attn._check_rules import options as check_options
 from flash_attn._check_rules import packed as check_packed
 from flash_attn._check_rules import packed_only as check_packed_only
 from flash_attn._check_rules import partials as check_partials
+from flash_attn._check_rules import present as check_present
 from flash_attn._check_rules import second_derivative_refused as refuse_second_derivative
 from flash_attn._check_rules import tensors as check_tensors
 from flash_attn._check_rules import transform_refused as refuse_transform
@@ -53,6 +54,7 @@ __all__ = [
     "check_packed",
     "check_packed_only",
     "check_partials",
+    "check_present",
     "check_same_device",
     "check_sizes",
     "check_tensors",

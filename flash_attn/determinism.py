@@ -74,9 +74,10 @@ class _Mode:
     """The mode in force here and now: the truth of its one instance."""
 
     def __bool__(self) -> bool:
-        open_here = _open_blocks()
-        if open_here:
-            return open_here[-1].enabled
+        if _inside.get():  # seldom, and a call asks this each time
+            open_here = _open_blocks()
+            if open_here:
+                return open_here[-1].enabled
         # The graph task is the backward pass that this thread works for: the thread that called
         # backward(), or a device's thread of the engine, which no context variable reaches. -1: it
         # works for none. Threads that a backward function starts by itself work for none either.
@@ -86,8 +87,8 @@ class _Mode:
             return True
         if _process_default is not None:
             return _process_default
-        value = os.environ.get(ENVIRONMENT_VARIABLE, "0")
-        return value.strip().lower() in ("1", "true", "on", "yes")
+        value = os.environ.get(ENVIRONMENT_VARIABLE)
+        return value is not None and value.strip().lower() in ("1", "true", "on", "yes")
 
     # PyTorch's compiler does not trace a property whose getter is a builtin function: it reads the
     # value, and a guard reads it again before each call of what it compiled with that value.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import flash_attn_2_cuda as flash_attn_gpu  # noqa: F401  other packages look for this name here
-from flash_attn import _checks
+from flash_attn import _checks, _fast_path
 from flash_attn._autograd import without_gradients
 from flash_attn._native import contiguous_columns, draw_seed, softmax_scale_of
 from flash_attn._native import round_up as round_multiple  # noqa: F401
@@ -67,6 +67,14 @@ def _attention(
     return_attn_probs: bool,
     block_table: Tensor | None = None,
 ) -> Attention:
+    results = _fast_path.attend(
+        *(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p),
+        *(softmax_scale, causal, window_size, softcap, alibi_slopes, block_table, deterministic),
+        return_attn_probs,
+    )
+    if results is not None:
+        out, softmax_lse = results
+        return (out, softmax_lse, q.new_empty(0)) if return_attn_probs else out
     _checks.check_tensors(q=q, k=k, v=v)
     _checks.check_options(
         q,
@@ -223,7 +231,7 @@ def flash_attn_varlen_func(
     Returns:
         out (t_q, h_q, d); with return_attn_probs also softmax_lse fp32 (h_q, t_q) and S_dmask.
     """
-    _checks.check_tensors(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    _checks.check_present(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     return _attention(
         *(
             q,
@@ -265,7 +273,7 @@ def flash_attn_varlen_kvpacked_func(
     return_attn_probs: bool = False,
 ) -> Attention:
     """``flash_attn_varlen_func`` with kv (t_k, 2, h_kv, d)."""
-    _checks.check_tensors(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    _checks.check_present(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     _checks.check_packed("kv", kv, 2)
     k, v = kv.unbind(-3)
     return _attention(

@@ -1,0 +1,140 @@
+// A forward call in one step: accept, allocate, run. What it does not accept it hands back
+// untouched, as an empty list; the op of the same name in flash_attn/_forward_ops.py then says why,
+// or runs it the long way.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "csrc/acceptance.h"
+#include "csrc/devices.h"
+
+namespace {
+
+using namespace fa::torch_side;
+
+// PyTorch's own allocation, without a look at its table of operators.
+template <size_t kDim>
+Tensor empty_beside(Tensor const& q, std::array<int64_t, kDim> const& sizes, int32_t dtype) {
+  std::array<int64_t, kDim> strides;
+  int64_t stride = 1;
+  for (size_t i = kDim; i-- > 0; stride *= sizes[i]) strides[i] = stride;
+  int32_t device_type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(q.get(), &device_type));
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(kDim, sizes.data(), strides.data(), dtype,
+                                                  device_type, q.get_device_index(), &made));
+  return Tensor(made);
+}
+
+Tensor empty_like_q(Tensor const& q) {
+  int32_t dtype = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(q.get(), &dtype));
+  return q.dim() == 4 ? empty_beside<4>(q, {q.size(0), q.size(1), q.size(2), q.size(3)}, dtype)
+                      : empty_beside<3>(q, {q.size(0), q.size(1), q.size(2)}, dtype);
+}
+
+// (b, h_q, s_q), or (h_q, t) of a packed batch.
+Tensor empty_lse(Tensor const& q) {
+  int32_t const dtype = aoti_torch_dtype_float32();
+  return q.dim() == 4 ? empty_beside<3>(q, {q.size(0), q.size(2), q.size(1)}, dtype)
+                      : empty_beside<2>(q, {q.size(1), q.size(0)}, dtype);
+}
+
+double scale_of(std::optional<double> softmax_scale, Tensor const& q) {
+  return softmax_scale ? *softmax_scale : std::pow(static_cast<double>(q.size(q.dim() - 1)), -0.5);
+}
+
+bool takes_dense(Tensor const& q, Tensor const& k, Tensor const& v) {
+  return takes_qkv(q, k, v, 4, 4) && k.size(0) == q.size(0);
+}
+
+bool takes_packed(Tensor const& q, Tensor const& k, Tensor const& v, Tensor const& cu_seqlens_q,
+                  Tensor const& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
+                  OptionalTensor const& block_table) {
+  if (!takes_qkv(q, k, v, 3, block_table ? 4 : 3) || max_seqlen_q < 0 || max_seqlen_k < 0)
+    return false;
+  if (!is_index(cu_seqlens_q, q, 1) || !is_index(cu_seqlens_k, q, 1)) return false;
+  int64_t const b = cu_seqlens_q.size(0) - 1;
+  if (b < 1 || cu_seqlens_k.size(0) != b + 1) return false;
+  if (block_table &&
+      (!is_index(*block_table, q, 2) || block_table->size(0) != b || !takes_page(k.size(1), q)))
+    return false;
+  if (!q.is_cpu()) return true;
+  int32_t const *const queries = entries(cu_seqlens_q), *const keys = entries(cu_seqlens_k);
+  if (!takes_offsets(queries, b, q.size(0), max_seqlen_q)) return false;
+  if (!takes_offsets(keys, b, block_table ? -1 : k.size(0), max_seqlen_k)) return false;
+  if (!block_table) return true;
+  for (int64_t i = 0; i < b; ++i) {
+    int64_t const length = int64_t{keys[i + 1]} - keys[i];
+    int32_t const* const row = entries(*block_table) + i * block_table->stride(0);
+    if (length > block_table->size(1) * k.size(1)) return false;
+    if (!takes_pages(row, length, k.size(1), k.size(0))) return false;
+  }
+  return true;
+}
+
+// Tokens behind the last sequence of a pack see nothing. On a GPU the kernels say so.
+void define_uncovered_rows(Tensor const& out, Tensor const& lse, Tensor const& cu_seqlens_q) {
+  int64_t const covered = entries(cu_seqlens_q)[cu_seqlens_q.size(0) - 1], total = out.size(0);
+  int64_t const row_bytes =
+      out.size(1) * out.size(2) * (out.scalar_type() == ScalarType::Float ? 4 : 2);
+  std::memset(static_cast<char*>(out.data_ptr()) + covered * row_bytes, 0,
+              static_cast<size_t>((total - covered) * row_bytes));
+  auto* const values = static_cast<float*>(lse.data_ptr());
+  for (int64_t head = 0; head < lse.size(0); ++head)
+    std::fill(values + head * total + covered, values + (head + 1) * total,
+              std::numeric_limits<float>::infinity());
+}
+
+template <void (*kRun)(ForwardCall const&)>
+std::vector<Tensor> attend(Tensor q, Tensor k, Tensor v, OptionalTensor cu_seqlens_q,
+                           OptionalTensor cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
+                           std::optional<double> softmax_scale, bool causal, int64_t window_left,
+                           int64_t window_right, double softcap, OptionalTensor alibi_slopes,
+                           OptionalTensor block_table, bool deterministic) {
+  bool const packed = cu_seqlens_q.has_value();
+  if (packed != cu_seqlens_k.has_value() || (!packed && block_table)) return {};
+  if (packed ? !takes_packed(q, k, v, *cu_seqlens_q, *cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                             block_table)
+             : !takes_dense(q, k, v))
+    return {};
+  int64_t const b = packed ? cu_seqlens_q->size(0) - 1 : q.size(0);
+  if (!takes_scores(softmax_scale, softcap) || !takes_alibi(alibi_slopes, q, b)) return {};
+  if (packed && wants_contents_read(q)) return {};
+  ForwardCall call{.q = q, .k = k, .v = v, .out = empty_like_q(q), .lse = empty_lse(q)};
+  call.cu_seqlens_q = cu_seqlens_q, call.cu_seqlens_k = cu_seqlens_k;
+  call.block_table = block_table, call.alibi_slopes = alibi_slopes;
+  call.max_seqlen_q = packed ? max_seqlen_q : q.size(1);
+  call.max_seqlen_k = packed ? max_seqlen_k : k.size(1);
+  call.softmax_scale = scale_of(softmax_scale, q), call.softcap = softcap;
+  call.causal = causal, call.window_left = window_left, call.window_right = window_right;
+  call.deterministic = deterministic;
+  kRun(call);
+  if (packed && q.is_cpu()) define_uncovered_rows(call.out, call.lse, *cu_seqlens_q);
+  return {call.out, call.lse};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(flash_attn_native, m) {
+  m.def(
+      "attend(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+      "int max_seqlen_q, int max_seqlen_k, float? softmax_scale, bool causal, int window_left, "
+      "int window_right, float softcap, Tensor? alibi_slopes, Tensor? block_table, "
+      "bool deterministic) -> Tensor[]");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flash_attn_native, CPU, m) {
+  m.impl("attend", TORCH_BOX(&attend<forward_on_cpu>));
+}
+
+#if defined(FLASH_ATTN_WITH_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(flash_attn_native, CUDA, m) {
+  m.impl("attend", TORCH_BOX(&attend<forward_on_gpu>));
+}
+#endif

@@ -1,0 +1,119 @@
+"""The short way of an eager forward call that nobody differentiates, traces or transforms.
+
+An op of PyTorch's Python interface costs more than the kernels of a small call: its wrapper, the
+autograd kernel, the rules one by one. So a plain call goes to one native op, which accepts,
+allocates and runs. What that op does not accept comes back untouched, and the long way through
+``flash_attn._forward_ops`` runs it, or refuses it in words. Both ways run the same kernels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from flash_attn import _check_rules
+from flash_attn.determinism import is_deterministic
+
+_library = torch.ops.flash_attn_native
+_attend = _library.attend.default
+
+# Lengths and windows that a schema's 64 bits hold with room to spare.
+_MOST = 2**62
+
+# Devices on which this installation can compute, by index; -1 is the CPU.
+_accepted_devices = {-1}
+
+Results = tuple[Tensor, Tensor]  # out, softmax_lse
+
+
+def attend(
+    q: Any,
+    k: Any,
+    v: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    max_seqlen_q: Any,
+    max_seqlen_k: Any,
+    dropout_p: Any,
+    softmax_scale: Any,
+    causal: Any,
+    window_size: Any,
+    softcap: Any,
+    alibi_slopes: Any,
+    block_table: Any,
+    deterministic: Any,
+    return_attn_probs: Any,
+) -> Results | None:
+    """out and softmax_lse of a dense or packed call, or None where it must go the long way."""
+    # A subclass of Tensor, a number of NumPy: whatever is not just that is for the long way.
+    if (
+        torch.compiler.is_compiling()
+        or not (type(q) is type(k) is type(v) is Tensor)
+        or not (type(dropout_p) is type(softcap) is float)
+        or dropout_p != 0.0
+        or not (type(causal) is type(deterministic) is type(return_attn_probs) is bool)
+        or not (type(max_seqlen_q) is type(max_seqlen_k) is int)
+        or not (0 <= max_seqlen_q < _MOST and 0 <= max_seqlen_k < _MOST)
+        or not (softmax_scale is None or type(softmax_scale) is float)
+        or not _is_window(window_size)
+        or not _is_tensor_or_none(cu_seqlens_q, cu_seqlens_k, alibi_slopes, block_table)
+        or not _is_plain(q)
+        or (torch.is_grad_enabled() and _requires_gradient(q, k, v, alibi_slopes))
+    ):
+        return None
+    try:
+        results = _attend(
+            q,
+            k,
+            v,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q,
+            max_seqlen_k,
+            softmax_scale,
+            causal,
+            window_size[0],
+            window_size[1],
+            softcap,
+            alibi_slopes,
+            block_table,
+            deterministic or is_deterministic(),
+        )
+    except NotImplementedError:  # a layout or a device without kernels
+        return None
+    return tuple(results) or None
+
+
+def _is_window(window: Any) -> bool:
+    if type(window) is not tuple or len(window) != 2:
+        return False
+    left, right = window
+    return type(left) is type(right) is int and -_MOST < left < _MOST and -_MOST < right < _MOST
+
+
+def _is_tensor_or_none(*values: Any) -> bool:
+    return all(x is None or type(x) is Tensor for x in values)
+
+
+def _requires_gradient(*tensors: Tensor | None) -> bool:
+    return any(x is not None and x.requires_grad for x in tensors)
+
+
+def _is_plain(q: Tensor) -> bool:
+    """Whether no mode, transform or tracer stands between a call and its kernels."""
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    ):
+        return False
+    index = q.get_device()
+    if index not in _accepted_devices:
+        _check_rules.device(q.device)
+        _accepted_devices.add(index)
+    return True
