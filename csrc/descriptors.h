@@ -128,6 +128,7 @@ struct ForwardCall {
   double softcap = 0.0, dropout_p = 0.0;
   int64_t num_splits = 0;
   bool deterministic = false;
+  int64_t new_keys = 0;  // that seqused_k does not count
 
   fa::ForwardParams params() const {
     fa::ForwardParams p;
@@ -136,6 +137,7 @@ struct ForwardCall {
                          cache_batch_idx, block_table, max_seqlen_q, max_seqlen_k);
     p.score = score_of(alibi_slopes, seed, softmax_scale, causal, window_left, window_right,
                        softcap, dropout_p);
+    p.layout.new_keys = new_keys;
     p.plan = {deterministic, num_splits};
     p.q = row_tensor(q), p.k = row_tensor(k), p.v = row_tensor(v), p.out = row_tensor(out);
     p.lse = static_cast<float*>(lse.data_ptr());
@@ -155,7 +157,7 @@ struct ForwardCall {
 
 inline fa::AppendParams append_params(
     Tensor const& q, OptionalTensor const& q_rotated, Tensor const& k_new, Tensor const& v_new,
-    Tensor const& k_cache, Tensor const& v_cache, Tensor const& cache_seqlens,
+    Tensor const& k_cache, Tensor const& v_cache, OptionalTensor const& cache_seqlens,
     OptionalTensor const& cache_batch_idx, OptionalTensor const& block_table,
     OptionalTensor const& rotary_cos, OptionalTensor const& rotary_sin, bool interleaved,
     bool rotate_by_position) {
@@ -174,7 +176,7 @@ inline fa::AppendParams append_params(
   params.v_cache = row_tensor(v_cache);
   params.cache_rows = k_cache.size(0);
   params.capacity = block_table ? block_table->size(1) * k_cache.size(1) : k_cache.size(1);
-  params.cache_seqlens = static_cast<int32_t const*>(cache_seqlens.data_ptr());
+  params.cache_seqlens = data_or_null<int32_t>(cache_seqlens);
   params.cache_batch_idx = data_or_null<int32_t>(cache_batch_idx);
   if (block_table) {
     params.block_table = data_or_null<int32_t>(block_table);

@@ -19,6 +19,8 @@ from flash_attn.determinism import is_deterministic
 
 _library = torch.ops.flash_attn_native
 _attend = _library.attend.default
+_attend_cache = _library.attend_cache.default
+_append_and_attend_cache = _library.append_and_attend_cache.default
 
 # Lengths and windows that a schema's 64 bits hold with room to spare.
 _MOST = 2**62
@@ -82,6 +84,69 @@ def attend(
             block_table,
             deterministic or is_deterministic(),
         )
+    except NotImplementedError:  # a layout or a device without kernels
+        return None
+    return tuple(results) or None
+
+
+def attend_cache(
+    q: Any,
+    k_cache: Any,
+    v_cache: Any,
+    k: Any,
+    v: Any,
+    rotary_cos: Any,
+    rotary_sin: Any,
+    cache_seqlens: Any,
+    cache_batch_idx: Any,
+    cache_leftpad: Any,
+    block_table: Any,
+    softmax_scale: Any,
+    causal: Any,
+    window_size: Any,
+    softcap: Any,
+    rotary_interleaved: Any,
+    alibi_slopes: Any,
+    num_splits: Any,
+) -> Results | None:
+    """out and softmax_lse of a call against a cache, or None where it must go the long way."""
+    lengths, length = cache_seqlens, -1
+    if type(cache_seqlens) is int:
+        lengths, length = None, cache_seqlens
+    if (
+        torch.compiler.is_compiling()
+        or not (type(q) is type(k_cache) is type(v_cache) is Tensor)
+        or type(softcap) is not float
+        or not (type(causal) is type(rotary_interleaved) is bool)
+        or not (type(num_splits) is int and 0 <= num_splits < _MOST)
+        or not (-1 <= length < _MOST)
+        or (length < 0 and type(cache_seqlens) is int)
+        or not (softmax_scale is None or type(softmax_scale) is float)
+        or not _is_window(window_size)
+        or not _is_tensor_or_none(lengths, cache_batch_idx, cache_leftpad, block_table)
+        or not _is_tensor_or_none(k, v, rotary_cos, rotary_sin, alibi_slopes)
+        or not _is_plain(q)
+        or (torch.is_grad_enabled() and _requires_gradient(q, k_cache, v_cache, k, v, alibi_slopes))
+    ):
+        return None
+    where = (lengths, length, cache_batch_idx, cache_leftpad, block_table, softmax_scale, causal)
+    left, right = window_size
+    mode = is_deterministic()
+    try:
+        if k is None and v is None and rotary_cos is None and rotary_sin is None:
+            results = _attend_cache(
+                *(q, k_cache, v_cache, *where, left, right, softcap, alibi_slopes),
+                *(num_splits, mode),
+            )
+        elif k is None or v is None:
+            return None
+        else:
+            results = _append_and_attend_cache(
+                *(q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, *where, left, right),
+                *(softcap, rotary_interleaved, alibi_slopes, num_splits, mode),
+            )
+            if results:  # as for every op that writes into its arguments
+                torch.autograd.graph.increment_version((k_cache, v_cache))
     except NotImplementedError:  # a layout or a device without kernels
         return None
     return tuple(results) or None

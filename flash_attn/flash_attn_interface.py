@@ -316,7 +316,6 @@ def flash_attn_varlen_qkvpacked_func(
     )
 
 
-@without_gradients
 def flash_attn_with_kvcache(
     q: Tensor,
     k_cache: Tensor,
@@ -366,6 +365,39 @@ def flash_attn_with_kvcache(
     Raises:
         RuntimeError: before anything is written: a refused call leaves the cache as it was.
     """
+    arguments = (
+        *(q, k_cache, v_cache, k, v, rotary_cos, rotary_sin),
+        *(cache_seqlens, cache_batch_idx, cache_leftpad, block_table, softmax_scale, causal),
+        *(window_size, softcap, rotary_interleaved, alibi_slopes, num_splits),
+    )
+    results = _fast_path.attend_cache(*arguments)
+    if results is None:
+        results = _attend_with_kvcache(*arguments)
+    return results if return_softmax_lse else results[0]
+
+
+@without_gradients
+def _attend_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
+    cache_seqlens: int | Tensor | None,
+    cache_batch_idx: Tensor | None,
+    cache_leftpad: Tensor | None,
+    block_table: Tensor | None,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: Window,
+    softcap: float,
+    rotary_interleaved: bool,
+    alibi_slopes: Tensor | None,
+    num_splits: int,
+) -> tuple[Tensor, Tensor]:
+    """The long way of ``flash_attn_with_kvcache``, with every rule and its words."""
     _checks.check_tensors(q=q, k_cache=k_cache, v_cache=v_cache)
     lengths = cache_seqlens if isinstance(cache_seqlens, Tensor) else None
     _checks.check_options(
@@ -404,7 +436,7 @@ def flash_attn_with_kvcache(
             *(q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, *where, *scoring),
             *(rotary_interleaved, alibi_slopes, num_splits),
         )
-    return (out, softmax_lse) if return_softmax_lse else out
+    return out, softmax_lse
 
 
 def _apply_of(function: Callable[..., Attention], name: str) -> type:

@@ -73,7 +73,7 @@ FA_HOST_DEVICE static inline Fault fault_of_sequence(LayoutParams const& layout,
     length = length_of(cu);
     if (layout.seqused_k && !layout.block_table && length < most) most = length;
   }
-  if (layout.seqused_k) length = layout.seqused_k[batch];
+  if (layout.seqused_k) length = layout.seqused_k[batch] + layout.new_keys;
   if (length < 0 || length > most)
     return fault(layout.seqused_k ? Faulty::kKeyLengths : Faulty::kMaxSeqlenK, batch, length);
   if (layout.leftpad_k && (layout.leftpad_k[batch] < 0 || layout.leftpad_k[batch] > length))

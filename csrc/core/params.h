@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "csrc/core/host_device.h"
+
 namespace fa {
 
 // In rng_state's second entry: the forward pass ran in deterministic mode. Offsets stay below it.
@@ -45,7 +47,8 @@ struct LayoutParams {
   int32_t const* cu_seqlens_q = nullptr;  // [b + 1], null: dense
   int32_t const* cu_seqlens_k = nullptr;  // [b + 1], null: dense or paged
   int32_t const* seqused_k = nullptr;     // [b] keys in use (left padding included), may be null
-  int32_t const* leftpad_k = nullptr;     // [b] rows to skip at the front, may be null
+  int64_t new_keys = 0;  // of each sequence, appended by this call: seqused_k does not count them
+  int32_t const* leftpad_k = nullptr;        // [b] rows to skip at the front, may be null
   int32_t const* cache_batch_idx = nullptr;  // [b] row of the cache to use, may be null
   int32_t const* block_table = nullptr;      // [b, max_pages], null: not paged
   int64_t block_table_stride = 0;
@@ -110,7 +113,8 @@ struct AppendParams {
   RowTensor q, q_rotated;      // [b, s_q, h_q, d]; rotated copy only when cos is given
   RowTensor k_new, v_new;      // [b, s_new, h_kv, d]
   RowTensor k_cache, v_cache;  // [rows, capacity, h_kv, d] or [pages, page_size, h_kv, d]
-  int32_t const* cache_seqlens = nullptr;    // [b] rows in use before the append
+  int32_t const* cache_seqlens = nullptr;    // [b] rows in use before the append, null: `start`
+  int64_t start = 0;                         // of all sequences
   int32_t const* cache_batch_idx = nullptr;  // [b], may be null
   int32_t const* block_table = nullptr;      // [b, max_pages], may be null
   int64_t block_table_stride = 0, page_size = 0;
@@ -123,6 +127,10 @@ struct AppendParams {
   int64_t rotary_dim = 0;
   bool interleaved = false;         // pairs (0, 1), (2, 3) ... instead of (i, i + rotary_dim / 2)
   bool rotate_by_position = false;  // query i turns by cache_seqlens + i; else all by cache_seqlens
+
+  FA_HOST_DEVICE int64_t start_of(int64_t b) const {
+    return cache_seqlens ? cache_seqlens[b] : start;
+  }
 };
 
 }  // namespace fa

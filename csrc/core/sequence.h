@@ -42,7 +42,7 @@ FA_HOST_DEVICE static inline Sequence sequence_of(LayoutParams const& layout, in
     if (!layout.block_table) begin = layout.cu_seqlens_k[batch];
     length = layout.cu_seqlens_k[batch + 1] - layout.cu_seqlens_k[batch];
   }
-  if (layout.seqused_k) length = layout.seqused_k[batch];
+  if (layout.seqused_k) length = layout.seqused_k[batch] + layout.new_keys;
   if (layout.leftpad_k) {
     int64_t const padding = clamped(layout.leftpad_k[batch], length);
     begin += padding, length -= padding;

@@ -35,7 +35,7 @@ char* row_of(RowTensor const& t, int64_t bytes, int64_t batch, int64_t row, int6
 
 // New position i of sequence b: its keys (rotated) and values, all heads.
 void append_position(AppendParams const& p, int64_t b, int64_t i) {
-  int64_t const bytes = element_bytes(p.dtype), position = p.cache_seqlens[b] + i;
+  int64_t const bytes = element_bytes(p.dtype), position = p.start_of(b) + i;
   int64_t cache_batch = p.cache_batch_idx ? p.cache_batch_idx[b] : b, cache_row = position;
   if (p.block_table) {
     cache_batch = p.block_table[b * p.block_table_stride + position / p.page_size];
@@ -56,7 +56,7 @@ void append_position(AppendParams const& p, int64_t b, int64_t i) {
 
 void rotate_query(AppendParams const& p, int64_t b, int64_t i) {
   int64_t const bytes = element_bytes(p.dtype);
-  int64_t const position = p.cache_seqlens[b] + (p.rotate_by_position ? i : 0);
+  int64_t const position = p.start_of(b) + (p.rotate_by_position ? i : 0);
   for (int64_t h = 0; h < p.h_q; ++h) {
     rotate_row(p, row_of(p.q_rotated, bytes, b, i, h), row_of(p.q, bytes, b, i, h), position);
   }

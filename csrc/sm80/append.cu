@@ -42,7 +42,7 @@ __device__ void rotate_row(AppendParams const& p, Element* to, Element const* fr
 template <class Element>
 __device__ void append_row(AppendParams const& p, int64_t index, int lane) {
   int64_t const head = index % p.h_kv, i = index / p.h_kv % p.s_new, b = index / p.h_kv / p.s_new;
-  int64_t const position = p.cache_seqlens[b] + i;
+  int64_t const position = p.start_of(b) + i;
   auto const fault = [&](Faulty what, int64_t entry, int64_t value) {
     if (lane == 0) report(p.faults, {what, Caller::kCache, entry, value});
   };
@@ -67,7 +67,7 @@ __device__ void append_row(AppendParams const& p, int64_t index, int lane) {
 template <class Element>
 __device__ void rotate_query(AppendParams const& p, int64_t index, int lane) {
   int64_t const head = index % p.h_q, i = index / p.h_q % p.s_q, b = index / p.h_q / p.s_q;
-  int64_t position = p.cache_seqlens[b] + (p.rotate_by_position ? i : 0);
+  int64_t position = p.start_of(b) + (p.rotate_by_position ? i : 0);
   if (position < 0 || position >= p.rotary_rows) {
     if (lane == 0) report(p.faults, {Faulty::kRotary, Caller::kCache, b, position});
     position = position < 0 ? 0 : p.rotary_rows - 1;
