@@ -125,14 +125,14 @@ bool takes(CacheCall const& c) {
   if (!takes_qkv(c.q, c.k_cache, c.v_cache, 4, 4)) return false;
   if (!takes_scores(c.softmax_scale, c.softcap) || !takes_alibi(c.alibi_slopes, c.q, c.b()))
     return false;
-  if (c.num_splits < 0 || c.num_splits > kMaxNumSplits || c.cache_length > c.capacity())
-    return false;
   if (c.block_table) {
-    if (c.cache_leftpad || c.cache_batch_idx || !takes_page(c.k_cache.size(1), c.q)) return false;
     if (!is_index(*c.block_table, c.q, 2) || c.block_table->size(0) != c.b()) return false;
+    if (c.cache_leftpad || c.cache_batch_idx || !takes_page(c.k_cache.size(1), c.q)) return false;
   } else if (!c.cache_batch_idx && c.k_cache.size(0) < c.b()) {
     return false;
   }
+  if (c.num_splits < 0 || c.num_splits > kMaxNumSplits || c.cache_length > c.capacity())
+    return false;
   for (OptionalTensor const* const x : {&c.cache_seqlens, &c.cache_batch_idx, &c.cache_leftpad})
     if (*x && (!is_index(**x, c.q, 1) || (*x)->size(0) != c.b())) return false;
   if (!takes_new_keys(c) || !takes_rotary(c)) return false;
