@@ -52,54 +52,35 @@ void forward(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, OptionalTenso
         deterministic});
 }
 
-template <void (*kRun)(fa::BackwardParams, Tensor const& delta)>
+template <void (*kRun)(BackwardCall const&)>
 void backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor dq,
               Tensor dk, Tensor dv, Tensor delta, OptionalTensor cu_seqlens_q,
               OptionalTensor cu_seqlens_k, OptionalTensor alibi_slopes, OptionalTensor rng_state,
               int64_t max_seqlen_q, int64_t max_seqlen_k, double softmax_scale, bool causal,
               int64_t window_left, int64_t window_right, double softcap, double dropout_p) {
-  fa::BackwardParams params;
-  params.dtype = dtype_of(q);
-  params.layout = layout_of(q, k, lse, cu_seqlens_q, cu_seqlens_k, std::nullopt, std::nullopt,
-                            std::nullopt, std::nullopt, max_seqlen_q, max_seqlen_k);
-  params.layout.caller = fa::Caller::kVarlenBackward;
-  params.score = score_of(alibi_slopes, rng_state, softmax_scale, causal, window_left, window_right,
-                          softcap, dropout_p);
-  params.q = row_tensor(q);
-  params.k = row_tensor(k);
-  params.v = row_tensor(v);
-  params.out = row_tensor(out);
-  params.dout = row_tensor(dout);
-  params.dq = row_tensor(dq);
-  params.dk = row_tensor(dk);
-  params.dv = row_tensor(dv);
-  params.lse = static_cast<float const*>(lse.data_ptr());
-  params.delta = static_cast<float*>(delta.data_ptr());
-  params.delta_head_stride = delta.stride(delta.dim() - 2);
-  params.delta_batch_stride = cu_seqlens_q ? 0 : delta.stride(0);
-  params.delta_sequence_pad = 128;
-  kRun(params, delta);
+  kRun({dout,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        dq,
+        dk,
+        dv,
+        delta,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        alibi_slopes,
+        rng_state,
+        max_seqlen_q,
+        max_seqlen_k,
+        softmax_scale,
+        causal,
+        window_left,
+        window_right,
+        softcap,
+        dropout_p});
 }
-
-void backward_on_cpu(fa::BackwardParams params, Tensor const&) {
-  fa::cpu::backward(params, torch_threads());
-}
-
-#if defined(FLASH_ATTN_WITH_CUDA)
-void backward_on_gpu(fa::BackwardParams params, Tensor const& delta) {
-  int32_t const device = delta.get_device_index();
-  torch::stable::accelerator::DeviceGuard const guard(device);
-  fa::sm80::raise_fault(device);
-  params.layout.faults = fa::sm80::fault_word(device);
-  fa::sm80::BackwardScratch const need = fa::sm80::backward_scratch(params);
-  OptionalTensor scratch, tickets;
-  if (need.floats > 0) scratch = torch::stable::new_empty(delta, {need.floats});
-  if (need.integers > 0)
-    tickets = torch::stable::new_zeros(delta, {need.integers}, ScalarType::Int);
-  fa::sm80::backward(params, data_or_null<float>(scratch), data_or_null<int>(tickets),
-                     current_stream(device));
-}
-#endif
 
 template <void (*kRun)(fa::AppendParams, int32_t device)>
 void append(Tensor q, OptionalTensor q_rotated, Tensor k_new, Tensor v_new, Tensor k_cache,

@@ -17,6 +17,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+constexpr int64_t kRowPadding = 128;  // rows of delta, as callers of the low-level ops expect
+
 inline fa::DType dtype_of(Tensor const& t) {
   switch (t.scalar_type()) {
     case ScalarType::Float:
@@ -151,6 +153,36 @@ struct ForwardCall {
       p.partials = {data_or_null<float>(partial_out), data_or_null<float>(partial_max),
                     data_or_null<float>(partial_sum), lse.numel()};
     }
+    return p;
+  }
+};
+
+// The same of a backward call.
+struct BackwardCall {
+  Tensor dout, q, k, v, out, lse, dq, dk, dv;
+  Tensor delta;  // [b, h_q, s_q rounded up to 128], or [h_q, t + 128 b]
+  OptionalTensor cu_seqlens_q{}, cu_seqlens_k{}, alibi_slopes{}, rng_state{};
+  int64_t max_seqlen_q = 0, max_seqlen_k = 0;
+  double softmax_scale = 0.0;
+  bool causal = false;
+  int64_t window_left = -1, window_right = -1;
+  double softcap = 0.0, dropout_p = 0.0;
+
+  fa::BackwardParams params() const {
+    fa::BackwardParams p;
+    p.dtype = dtype_of(q);
+    p.layout = layout_of(q, k, lse, cu_seqlens_q, cu_seqlens_k, std::nullopt, std::nullopt,
+                         std::nullopt, std::nullopt, max_seqlen_q, max_seqlen_k);
+    p.layout.caller = fa::Caller::kVarlenBackward;
+    p.score = score_of(alibi_slopes, rng_state, softmax_scale, causal, window_left, window_right,
+                       softcap, dropout_p);
+    p.q = row_tensor(q), p.k = row_tensor(k), p.v = row_tensor(v), p.out = row_tensor(out);
+    p.dout = row_tensor(dout), p.dq = row_tensor(dq), p.dk = row_tensor(dk), p.dv = row_tensor(dv);
+    p.lse = static_cast<float const*>(lse.data_ptr());
+    p.delta = static_cast<float*>(delta.data_ptr());
+    p.delta_head_stride = delta.stride(delta.dim() - 2);
+    p.delta_batch_stride = cu_seqlens_q ? 0 : delta.stride(0);
+    p.delta_sequence_pad = kRowPadding;
     return p;
   }
 };

@@ -62,6 +62,27 @@ inline void forward_on_gpu(ForwardCall const& call) {
 }
 #endif
 
+inline void backward_on_cpu(BackwardCall const& call) {
+  fa::cpu::backward(call.params(), torch_threads());
+}
+
+#if defined(FLASH_ATTN_WITH_CUDA)
+inline void backward_on_gpu(BackwardCall const& call) {
+  int32_t const device = call.q.get_device_index();
+  torch::stable::accelerator::DeviceGuard const guard(device);
+  fa::sm80::raise_fault(device);
+  fa::BackwardParams params = call.params();
+  params.layout.faults = fa::sm80::fault_word(device);
+  fa::sm80::BackwardScratch const need = fa::sm80::backward_scratch(params);
+  OptionalTensor scratch, tickets;
+  if (need.floats > 0) scratch = torch::stable::new_empty(call.delta, {need.floats});
+  if (need.integers > 0)
+    tickets = torch::stable::new_zeros(call.delta, {need.integers}, ScalarType::Int);
+  fa::sm80::backward(params, data_or_null<float>(scratch), data_or_null<int>(tickets),
+                     current_stream(device));
+}
+#endif
+
 inline void append_on_cpu(fa::AppendParams params, int32_t) {
   fa::cpu::append(params, torch_threads());
 }

@@ -16,35 +16,6 @@ namespace {
 
 using namespace fa::torch_side;
 
-bool takes_dense(Tensor const& q, Tensor const& k, Tensor const& v) {
-  return takes_qkv(q, k, v, 4, 4) && k.size(0) == q.size(0);
-}
-
-bool takes_packed(Tensor const& q, Tensor const& k, Tensor const& v, Tensor const& cu_seqlens_q,
-                  Tensor const& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k,
-                  OptionalTensor const& block_table) {
-  if (!takes_qkv(q, k, v, 3, block_table ? 4 : 3) || max_seqlen_q < 0 || max_seqlen_k < 0)
-    return false;
-  if (!is_index(cu_seqlens_q, q, 1) || !is_index(cu_seqlens_k, q, 1)) return false;
-  int64_t const b = cu_seqlens_q.size(0) - 1;
-  if (b < 1 || cu_seqlens_k.size(0) != b + 1) return false;
-  if (block_table &&
-      (!is_index(*block_table, q, 2) || block_table->size(0) != b || !takes_page(k.size(1), q)))
-    return false;
-  if (!q.is_cpu()) return true;
-  int32_t const *const queries = entries(cu_seqlens_q), *const keys = entries(cu_seqlens_k);
-  if (!takes_offsets(queries, b, q.size(0), max_seqlen_q)) return false;
-  if (!takes_offsets(keys, b, block_table ? -1 : k.size(0), max_seqlen_k)) return false;
-  if (!block_table) return true;
-  for (int64_t i = 0; i < b; ++i) {
-    int64_t const length = int64_t{keys[i + 1]} - keys[i];
-    int32_t const* const row = entries(*block_table) + i * block_table->stride(0);
-    if (length > block_table->size(1) * k.size(1)) return false;
-    if (!takes_pages(row, length, k.size(1), k.size(0))) return false;
-  }
-  return true;
-}
-
 // Tokens behind the last sequence of a pack see nothing. On a GPU the kernels say so.
 void define_uncovered_rows(Tensor const& out, Tensor const& lse, Tensor const& cu_seqlens_q) {
   int64_t const covered = entries(cu_seqlens_q)[cu_seqlens_q.size(0) - 1], total = out.size(0);

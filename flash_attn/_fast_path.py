@@ -1,9 +1,9 @@
-"""The short way of an eager forward call that nobody differentiates, traces or transforms.
+"""The short way of an eager call that nobody traces or transforms.
 
 An op of PyTorch's Python interface costs more than the kernels of a small call: its wrapper, the
 autograd kernel, the rules one by one. So a plain call goes to one native op, which accepts,
 allocates and runs. What that op does not accept comes back untouched, and the long way through
-``flash_attn._forward_ops`` runs it, or refuses it in words. Both ways run the same kernels.
+``flash_attn._ops`` runs it, or refuses it in words. Both ways run the same kernels.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from flash_attn import _check_rules
+from flash_attn import _check_rules, _native
 from flash_attn.determinism import is_deterministic
 
 _library = torch.ops.flash_attn_native
 _attend = _library.attend.default
 _attend_cache = _library.attend_cache.default
 _append_and_attend_cache = _library.append_and_attend_cache.default
+_attend_backward = _library.attend_backward.default
 
 # Lengths and windows that a schema's 64 bits hold with room to spare.
 _MOST = 2**62
@@ -63,30 +64,70 @@ def attend(
         or not _is_window(window_size)
         or not _is_tensor_or_none(cu_seqlens_q, cu_seqlens_k, alibi_slopes, block_table)
         or not _is_plain(q)
-        or (torch.is_grad_enabled() and _requires_gradient(q, k, v, alibi_slopes))
     ):
         return None
+    arguments = (
+        *(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale),
+        *(causal, *window_size, softcap, alibi_slopes, block_table),
+        deterministic or is_deterministic(),
+    )
     try:
-        results = _attend(
-            q,
-            k,
-            v,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            max_seqlen_q,
-            max_seqlen_k,
-            softmax_scale,
-            causal,
-            window_size[0],
-            window_size[1],
-            softcap,
-            alibi_slopes,
-            block_table,
-            deterministic or is_deterministic(),
-        )
-    except NotImplementedError:  # a layout or a device without kernels
+        if torch.is_grad_enabled() and _requires_gradient(q, k, v, alibi_slopes):
+            return Attention.apply(*arguments) if block_table is None else None
+        return tuple(_attend(*arguments)) or None
+    except (NotImplementedError, _NotAccepted):  # the first: a layout or a device without kernels
         return None
-    return tuple(results) or None
+
+
+class _NotAccepted(Exception):
+    """The native op has handed a call back."""
+
+
+class Attention(torch.autograd.Function):
+    """The arguments of the native op; out and softmax_lse, of which only out has a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Results:
+        results = _attend(*arguments)
+        if not results:
+            raise _NotAccepted
+        out, softmax_lse = results
+        q, k, v, cu_seqlens_q, cu_seqlens_k, *options, alibi_slopes, _, ctx.mode = arguments
+        ctx.save_for_backward(q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, alibi_slopes)
+        ctx.options = options
+        ctx.other_arguments = len(arguments) - 3
+        ctx.mark_non_differentiable(softmax_lse)
+        return out, softmax_lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        *tensors, alibi_slopes = ctx.saved_tensors
+        plain = type(dout) is Tensor and _is_tensor_or_none(*tensors)
+        # A batch of gradients (is_grads_batched) is a mode of its own, and no transform.
+        plain = plain and not torch._C._dispatch_tls_is_dispatch_key_included("VmapMode")
+        gradients = None
+        if plain and not torch.is_grad_enabled() and _is_plain(dout):
+            columns = dout if dout.stride(-1) == 1 else dout.contiguous()
+            gradients = _attend_backward(columns, *tensors, *ctx.options, alibi_slopes)
+        if not gradients:
+            gradients = _backward_the_long_way(ctx, dout, tensors, alibi_slopes)
+        return (*gradients, *[None] * ctx.other_arguments)
+
+
+def _backward_the_long_way(
+    ctx: Any, dout: Tensor, tensors: list[Tensor | None], alibi_slopes: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    q = tensors[0]
+    assert q is not None
+    max_seqlen_q, max_seqlen_k, softmax_scale, *rest = ctx.options
+    scale = _native.softmax_scale_of(q, softmax_scale)
+    mode = _native.DETERMINISTIC_BIT if ctx.mode else 0
+    rng_state = torch.tensor([0, mode], dtype=torch.int64, device=q.device)
+    gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.flash_attn._attend_backward(
+        *(dout, *tensors, max_seqlen_q, max_seqlen_k, 0.0, scale, *rest),
+        *(alibi_slopes, ctx.mode, rng_state),
+    )
+    return gradients
 
 
 def attend_cache(
@@ -170,7 +211,8 @@ def _requires_gradient(*tensors: Tensor | None) -> bool:
 def _is_plain(q: Tensor) -> bool:
     """Whether no mode, transform or tracer stands between a call and its kernels."""
     if (
-        torch._C._len_torch_dispatch_stack()
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0

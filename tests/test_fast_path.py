@@ -23,7 +23,7 @@ from flash_attn import (
 from flash_attn.testing import assert_bitwise_equal, cumulative_lengths
 
 D = 24
-NATIVE_OPS = ("_attend", "_attend_cache", "_append_and_attend_cache")
+NATIVE_OPS = ("_attend", "_attend_cache", "_append_and_attend_cache", "_attend_backward")
 
 
 def draw(*shape, seed=0):
@@ -197,8 +197,6 @@ def call_of(*tensors):
 
 Q, K, V = draw(1, 3, 2), draw(1, 5, 2, seed=1), draw(1, 5, 2, seed=2)
 LONG_WAYS = {
-    "a gradient": lambda: call_of(Q.clone().requires_grad_(), K, V),
-    "a gradient of v": lambda: call_of(Q, K, V.clone().requires_grad_()),
     "dropout": lambda: flash_attn_func(Q, K, V, 0.5),
     "a subclass": lambda: call_of(Q.as_subclass(Tagged), K, V),
     "a parameter": lambda: call_of(torch.nn.Parameter(Q), K, V),
@@ -236,6 +234,140 @@ def test_without_recording_a_gradient_it_is_taken(monkeypatch):
         with context(), ways(monkeypatch) as answered:
             assert not call_of(q, K, V).requires_grad
         assert len(answered) == 1
+
+
+# ---- Gradients ----
+
+
+def leaves(*shapes):
+    return [draw(*shape, seed=n).requires_grad_() for n, shape in enumerate(shapes)]
+
+
+def transposed(tensors):
+    """Heads first in memory: dense, and not contiguous."""
+    return [x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in tensors]
+
+
+def of_projection():
+    """q, k and v as views of one tensor, as a projection makes them; the gradient is its."""
+    qkv = draw(2, 70, 12).requires_grad_()
+    return [qkv], flash_attn_func(*qkv.unflatten(2, (3, 4)).unbind(2), causal=True)
+
+
+def dense_gradients(lay=list, **options):
+    tensors = lay(leaves((2, 7, 4), (2, 70, 2), (2, 70, 2)))
+    tensors = [x.detach().requires_grad_() for x in tensors]
+    return tensors, flash_attn_func(*tensors, **options)
+
+
+def packed_gradients(spare=0):
+    total = sum(LENGTHS) + spare
+    tensors = leaves((total, 4), (total, 2), (total, 2))
+    return tensors, flash_attn_varlen_func(
+        *tensors, CU, CU, max(LENGTHS), max(LENGTHS), causal=True
+    )
+
+
+GRADIENTS = {
+    "dense": dense_gradients,
+    "dense-causal-options": lambda: dense_gradients(
+        causal=True, softcap=5.0, softmax_scale=0.3, alibi_slopes=SLOPES
+    ),
+    "dense-transposed": lambda: dense_gradients(transposed, window_size=(9, 3)),
+    "packed": packed_gradients,
+    "packed-spare-tokens": lambda: packed_gradients(spare=6),
+    "projection": of_projection,
+}
+DOUTS = {
+    "drawn": lambda out: torch.cos(torch.arange(out.numel(), device=DEVICE)).view(out.shape),
+    "expanded": lambda out: torch.ones((), device=DEVICE).expand(out.shape),
+}
+
+
+@pytest.mark.parametrize("dout", DOUTS)
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_both_ways_give_the_same_gradients(name, dout, monkeypatch):
+    def gradients():
+        tensors, out = GRADIENTS[name]()
+        return out, *torch.autograd.grad(out, tensors, DOUTS[dout](out).to(out.dtype))
+
+    with deterministic():
+        with ways(monkeypatch) as answered:
+            short = gradients()
+        assert len(answered) == 2, "a pass went the long way"
+        long = the_long_way(gradients, monkeypatch)
+    for n, (a, b) in enumerate(zip(short, long, strict=True)):
+        assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+        assert_bitwise_equal(a, b, f"{name}, result {n}")
+
+
+def test_one_input_may_want_a_gradient_alone(monkeypatch):
+    v = V.clone().requires_grad_()
+    with ways(monkeypatch) as answered:
+        out, lse, _ = flash_attn_func(Q, K, v, return_attn_probs=True)
+        assert out.requires_grad and not lse.requires_grad
+        out.sum().backward()
+        assert len(answered) == 2
+    q, k = (x.clone().requires_grad_() for x in (Q, K))
+    flash_attn_func(q, k, V).sum().backward()
+    assert v.grad is not None and q.grad is not None and k.grad is not None
+
+
+def test_what_autograd_does_with_a_graph(monkeypatch):
+    """Walked twice, with tensors moved by hooks, recomputed: the same gradients each time."""
+
+    def step(around=contextlib.nullcontext, twice=False, recompute=False):
+        q = Q.clone().requires_grad_()
+        with around():
+            if recompute:
+                out = torch.utils.checkpoint.checkpoint(call_of, q, K, V, use_reentrant=False)
+            else:
+                out = call_of(q, K, V)
+        if twice:
+            torch.autograd.grad(out, q, torch.ones_like(out), retain_graph=True)
+        return torch.autograd.grad(out, q, torch.ones_like(out))[0]
+
+    with deterministic():
+        expected = the_long_way(step, monkeypatch)
+        for options in (
+            {},
+            {"twice": True},
+            {"around": torch.autograd.graph.save_on_cpu},
+            {"recompute": True},
+        ):
+            assert_bitwise_equal(step(**options), expected, str(options))
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_backward_pass_that_is_watched_goes_the_long_way(batched, monkeypatch):
+    """Gradients of a batch of douts at once; a graph of the backward pass, which is refused."""
+    q = Q.clone().requires_grad_()
+    out = call_of(q, K, V)
+    with ways(monkeypatch) as answered:
+        if batched:
+            douts = torch.stack([torch.ones_like(out), torch.zeros_like(out)])
+            both = torch.autograd.grad(out, q, douts, is_grads_batched=True, retain_graph=True)[0]
+            assert not answered
+            one = torch.autograd.grad(out, q, douts[0])[0]
+            assert_bitwise_equal(both[0], one)
+            assert both[1].count_nonzero() == 0
+        else:
+            (dq,) = torch.autograd.grad(out, q, torch.ones_like(out), create_graph=True)
+            assert not answered
+            with pytest.raises(RuntimeError, match="second derivatives"):
+                dq.sum().backward()
+
+
+def test_a_changed_input_is_noticed():
+    q = Q.clone().requires_grad_()
+    k = K.clone()
+    out = call_of(q, k, V)
+    k.mul_(2.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+# ---- Writes ----
 
 
 def test_an_append_counts_as_a_write(monkeypatch):
