@@ -51,12 +51,14 @@ format: $(DEV_TOOLS)  ## rewrite sources as lint wants them
 
 bench: build  ## speed against PyTorch's attention: python -m benchmarks.bench_attention $(ARGS)
 	$(BIN)/python -m benchmarks.bench_attention $(ARGS)
+	$(BIN)/python -m benchmarks.host_time
 
 gpu-test: build  ## every test, with its tensors on a GPU, into results/<gpu>/; minutes
 	$(BIN)/python -m benchmarks.gpu_suite --processes $(GPU_JOBS) $(ARGS)
 
 gpu-bench: build  ## speed and memory against PyTorch's attention on a GPU, into results/<gpu>/
 	$(BIN)/python -m benchmarks.bench_gpu $(ARGS)
+	$(BIN)/python -m benchmarks.host_time --device cuda
 
 gpu-sanitize: build  ## compute-sanitizer's four tools over a small call of every kind of kernel
 	$(BIN)/python -m benchmarks.sanitize $(ARGS)

@@ -1,8 +1,5 @@
-// The only file that knows PyTorch: tensors in, plain descriptors out, through the stable ABI
-// alone.
-//
-// Every op writes into tensors that it is given; flash_attn/_ops.py allocates them and
-// flash_attn/_checks.py has already refused what the descriptors cannot hold.
+// The ops of the long way: each writes into tensors that it is given. flash_attn/_native.py
+// allocates them, and flash_attn/_checks.py has already refused what the descriptors cannot hold.
 #include <torch/csrc/stable/library.h>
 
 #include <string>
