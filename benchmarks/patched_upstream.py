@@ -30,6 +30,11 @@ CHILD = ROOT / "benchmarks/gpu/either_package.py"
 LEFT_OUT = ("ALIBI", "DROPOUT", "SOFTCAP", "LOCAL", "UNEVEN_K", "BACKWARD")
 
 
+def digest_of_patches() -> str:
+    """SHA-256 over what the patched files must become: which patches were measured."""
+    return apply.digest("".join(patch.after for patch in apply.PATCHES).encode())
+
+
 def sources(tree: Path) -> list[Path]:
     """The binding, and the kernels of head dims 64 and 128."""
     folder = tree / "csrc/flash_attn"
@@ -177,7 +182,8 @@ def main(arguments: list[str] | None = None) -> int:
         apply.apply(tree)
         patched = measure(tree, build(tree, Path(folder)))
     record = provenance("python -m benchmarks.patched_upstream")
-    record |= {"source": apply.DIGESTS["source"], "patched": patched, "ours": measure(ROOT)}
+    record |= {"source": apply.DIGESTS["source"], "patches": digest_of_patches()}
+    record |= {"patched": patched, "ours": measure(ROOT)}
     print(render(record))
     path = results_folder() / "patched_upstream.json"
     write_record(path, record)
