@@ -270,6 +270,7 @@ def side(on, off):
             {"call": c, "d": 64, "dtype": "float16", "deterministic": on, "standard": off}
             for c in calls
         ],
+        "refused": {"dropout": True, "backward": True},
         "times": [{"case": shape, "deterministic": 20.0, "standard": 10.0}],
         "memory": {"case": shape, "mib": {"deterministic": 3.0, "standard": 1.0}},
     }
@@ -292,6 +293,9 @@ def test_what_falls_short_is_named():
     (first, *rest) = patched_upstream.failures(record(side(5, 9), side(0, 0)))
     assert first == "patched, prefill, dense, d=64, float16: 5 other bytes with the mode on"
     assert len(rest) == 2
+    careless = record(side(0, 9), side(0, 0))
+    careless["patched"]["refused"]["dropout"] = False
+    assert patched_upstream.failures(careless) == ["patched, dropout: not refused with the mode on"]
     dead = patched_upstream.failures(record(side(0, 0), side(0, 0)))
     assert len(dead) == 2 and all("the control has the same bytes" in line for line in dead)
 
@@ -307,5 +311,6 @@ def test_the_tables_say_what_was_measured():
 def test_the_recorded_run_holds(path):
     recorded = json.loads(path.read_text())
     assert patched_upstream.failures(recorded) == []
+    assert recorded["patches"] == patched_upstream.digest_of_patches(), "measure the patches again"
     decode = [row for row in recorded["patched"]["batches"] if "decode" in row["call"]]
     assert {row["d"] for row in decode} == {64, 128} and len(decode) == 12

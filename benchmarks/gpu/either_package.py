@@ -89,7 +89,22 @@ def batched_calls(package: Any, d: int, dtype: torch.dtype) -> dict[str, Any]:
 
         return call
 
+    def packed(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        def call(begin: int, end: int) -> list[Tensor]:
+            ends = torch.tensor([0, *LENGTHS[begin:end]]).cumsum(0)
+            first = sum(LENGTHS[:begin])
+            part = (x[first : first + int(ends[-1])].contiguous() for x in (q, k, v))
+            cu, longest = ends.to("cuda", torch.int32), max(LENGTHS[begin:end])
+            out, lse, _ = package.flash_attn_varlen_func(
+                *part, cu, cu, longest, longest, causal=True, return_attn_probs=True
+            )
+            return [out, lse.transpose(0, 1)]  # (tokens, h): tokens of packs lie behind each other
+
+        return call
+
+    tokens = sum(LENGTHS)
     return {
+        "prefill, packed": packed(draw(tokens, 4), draw(tokens, 2), draw(tokens, 2)),
         "prefill, dense": dense(draw(8, 1500, 4), draw(8, 1500, 2), draw(8, 1500, 2), True),
         "decode, dense": dense(draw(8, 1, 8), draw(8, 5000, 2), draw(8, 5000, 2), False),
         "prefill, kvcache": cached(draw(8, 300, 8), 300),
@@ -124,6 +139,26 @@ def compare_batches(package: Any) -> list[dict[str, Any]]:
                     row[mode] = other_bytes(call)
                 rows.append(row)
     return rows
+
+
+def refusals(package: Any) -> dict[str, bool]:
+    """Whether the mode refuses what it cannot honour, by its own words."""
+    q = torch.randn(1, 64, 2, 64, device="cuda", dtype=torch.float16, requires_grad=True)
+
+    def refuses(action: Any) -> bool:
+        try:
+            action()
+        except RuntimeError as error:
+            return "deterministic mode" in str(error)
+        return False
+
+    package.set_deterministic(True)
+    with torch.enable_grad():
+        out = package.flash_attn_func(q, q, q)
+        return {
+            "dropout": refuses(lambda: package.flash_attn_func(q, q, q, dropout_p=0.1)),
+            "backward": refuses(out.sum().backward),
+        }
 
 
 def problem(case: tuple[Any, ...]) -> tuple[Tensor, ...]:
@@ -204,6 +239,7 @@ def main(folder: str, library: str | None = None) -> None:
     with torch.no_grad():
         record = {
             "batches": compare_batches(package),
+            "refused": refusals(package),
             "times": time_cases(package),
             "memory": {"case": MEMORY, "mib": scratch(package)},
         }
