@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
 
 from flash_attn import _check_rules, _native
 from flash_attn.determinism import is_deterministic
@@ -208,12 +209,18 @@ def _requires_gradient(*tensors: Tensor | None) -> bool:
     return any(x is not None and x.requires_grad for x in tensors)
 
 
+def _has_default_device_alone() -> bool:
+    """Whether ``torch.set_default_device`` or ``with torch.device(...)`` is the only mode."""
+    mode = torch.overrides._get_current_function_mode()
+    return torch._C._len_torch_function_stack() == 1 and type(mode) is DeviceContext
+
+
 def _is_plain(q: Tensor) -> bool:
     """Whether no mode, transform or tracer stands between a call and its kernels."""
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
+        or (torch._C._len_torch_function_stack() and not _has_default_device_alone())
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None

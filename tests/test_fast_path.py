@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 from device import DEVICE, FINEST, ON_GPU, SEGMENT, page_size
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -219,12 +220,33 @@ def test_others_go_the_long_way(name, monkeypatch):
         assert len(answered) == 1
 
 
-@pytest.mark.parametrize("mode", [Watching, Listening, lambda: torch.device(DEVICE)])
+@pytest.mark.parametrize("mode", [Watching, Listening])
 def test_under_a_mode_a_call_goes_the_long_way(mode, monkeypatch):
     """A mode sees the public op, as it does under a compiler."""
     with ways(monkeypatch) as answered:
         with mode():
             call_of(Q, K, V)
+        assert not answered
+
+
+def test_a_default_device_is_no_such_mode(monkeypatch):
+    """It decides where new tensors lie; ours lie beside q."""
+    with ways(monkeypatch) as answered, torch.device("meta"):
+        assert call_of(Q, K, V).device == Q.device
+    assert len(answered) == 1
+    with ways(monkeypatch) as answered, torch.device("meta"), Listening():
+        call_of(Q, K, V)
+    assert not answered
+
+
+def test_tracers_see_the_public_op(monkeypatch):
+    """make_fx, before and behind the dispatcher, and torch.jit.trace."""
+    for before in (False, True):
+        graph = make_fx(call_of, pre_dispatch=before)(Q, K, V).graph
+        names = [str(node.target) for node in graph.nodes]
+        assert "flash_attn._attend.default" in names and not any("native" in n for n in names)
+    with ways(monkeypatch) as answered:
+        torch.jit.trace(call_of, (Q, K, V), check_trace=False)
         assert not answered
 
 
