@@ -37,6 +37,7 @@ from flash_attn._check_scalars import number as check_number
 from flash_attn._check_scalars import optional_number as check_optional_number
 from flash_attn._check_scalars import splits as check_num_splits
 from flash_attn._check_scalars import window as check_window
+from flash_attn._mode import is_deterministic
 
 __all__ = [
     "check_backward",
@@ -362,7 +363,7 @@ def check_kvcache(
     if block_table is not None:
         keys = starts + s_new if s_new else starts
         contents.pages(block_table, k_cache.shape[0], page_size, keys)
-    if s_new and _is_deterministic():
+    if s_new and is_deterministic():
         if cache_batch_idx is not None:
             contents.append_places("cache_batch_idx", cache_batch_idx)
         elif block_table is not None:
@@ -375,12 +376,6 @@ def check_kvcache(
 
 def _on_host(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if x is None else x.cpu() for x in tensors]
-
-
-def _is_deterministic() -> bool:
-    from flash_attn.determinism import is_deterministic  # here, since that module imports this one
-
-    return is_deterministic()
 
 
 def _append_places(block_table: Tensor, starts: Tensor | int, s_new: int, page_size: int) -> Tensor:

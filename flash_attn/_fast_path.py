@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
 from flash_attn import _check_rules, _native
-from flash_attn.determinism import is_deterministic
+from flash_attn._mode import is_deterministic
 
 _library = torch.ops.flash_attn_native
 _attend = _library.attend.default

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash_attn import _checks, _native, determinism
+from flash_attn import _checks, _native
+from flash_attn._mode import is_deterministic
 from flash_attn._native import Packing, Scoring
 
 # Two equal calls are not one: their masks differ. (``_attend`` is given its seed instead.)
@@ -58,7 +59,7 @@ def _flash_attn_forward(
         k,
         v,
         scoring,
-        deterministic=determinism.is_deterministic(),
+        deterministic=is_deterministic(),
         seed=_native.draw_seed(q.device) if dropout_p > 0.0 else None,
         return_softmax=return_softmax,
     )
@@ -125,7 +126,7 @@ def _flash_attn_varlen_forward(
         v,
         scoring,
         packing,
-        deterministic=determinism.is_deterministic(),
+        deterministic=is_deterministic(),
         seed=_native.draw_seed(q.device) if dropout_p > 0.0 else None,
         return_softmax=return_softmax,
     )
@@ -177,7 +178,7 @@ def _attend(
         v,
         scoring,
         packing,
-        deterministic=deterministic or determinism.is_deterministic(),
+        deterministic=deterministic or is_deterministic(),
         seed=seed,
         return_softmax=return_softmax,
     )
@@ -316,7 +317,7 @@ def _cache_attention(
         v_cache,
         scoring,
         packing,
-        deterministic=determinism.is_deterministic(),
+        deterministic=is_deterministic(),
         num_splits=num_splits,
     )
     return out, softmax_lse

@@ -11,7 +11,7 @@ import torch
 from device import DEVICE, ON_GPU
 
 import flash_attn
-from flash_attn import determinism
+from flash_attn import _mode
 
 # The standard mode's plan looks at the number of threads, so tests see the same one everywhere.
 # A test of another number sets it itself; the fixture below puts this one back.
@@ -82,14 +82,14 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def process_state():
     """What a test leaves behind must not reach the next one: mode, thread count, generator."""
-    default_mode = determinism._process_default  # None: the environment decides
+    default_mode = _mode._process_default  # None: the environment decides
     torch_mode = torch.are_deterministic_algorithms_enabled()
     torch_warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.manual_seed(0)
     yield
     if ON_GPU:
         flash_attn.check_device()  # a test that gives a call nonsense asks for the fault itself
-    determinism._process_default = default_mode
+    _mode._process_default = default_mode
     torch.use_deterministic_algorithms(torch_mode, warn_only=torch_warn_only)
     torch.set_num_threads(TEST_THREADS)
 

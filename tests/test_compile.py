@@ -12,7 +12,7 @@ from device import DEVICE, FINEST, ON_GPU
 
 import flash_attn
 from flash_attn import (
-    determinism,
+    _mode,
     flash_attn_func,
     flash_attn_varlen_func,
     flash_attn_with_kvcache,
@@ -341,8 +341,8 @@ def test_compiled_code_asks_the_thread_that_calls_it():
 
 
 def test_asking_for_the_mode_costs_compiled_code_two_versions_at_most(monkeypatch):
-    monkeypatch.delenv(determinism.ENVIRONMENT_VARIABLE, raising=False)
-    monkeypatch.setattr(determinism, "_process_default", None)
+    monkeypatch.delenv(_mode.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setattr(_mode, "_process_default", None)
     graphs = []
 
     def backend(graph, inputs):
@@ -360,9 +360,9 @@ def test_asking_for_the_mode_costs_compiled_code_two_versions_at_most(monkeypatc
             for level in range(depth):
                 stack.enter_context(flash_attn.deterministic(level % 2 == 0))
             assert compiled(x).item() == (1 if depth % 2 else -1)
-        monkeypatch.setenv(determinism.ENVIRONMENT_VARIABLE, str(depth % 2))
+        monkeypatch.setenv(_mode.ENVIRONMENT_VARIABLE, str(depth % 2))
         assert compiled(x).item() == (1 if depth % 2 else -1)
-        monkeypatch.delenv(determinism.ENVIRONMENT_VARIABLE)
+        monkeypatch.delenv(_mode.ENVIRONMENT_VARIABLE)
     assert len(graphs) == 2
 
 

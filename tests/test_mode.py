@@ -16,7 +16,7 @@ from device import DEVICE, FINEST, ON_GPU
 from torch.utils.checkpoint import checkpoint
 
 import flash_attn
-from flash_attn import determinism, deterministic, flash_attn_func, is_deterministic
+from flash_attn import _mode, deterministic, flash_attn_func, is_deterministic
 from flash_attn.testing import assert_bitwise_equal, bitwise_equal, random_normal
 
 # Few queries and many keys: what standard mode cuts, so that the two modes differ in bytes.
@@ -31,7 +31,7 @@ both_checkpoints = pytest.mark.parametrize(
 def no_block_is_open():
     flash_attn.set_deterministic(False)
     yield
-    assert not determinism._enabling, "a block is still open"
+    assert not _mode._enabling, "a block is still open"
     assert not is_deterministic()
 
 
@@ -204,7 +204,7 @@ def test_many_threads_open_and_close_at_once():
         thread.start()
     for thread in threads:
         thread.join()
-    assert not determinism._enabling
+    assert not _mode._enabling
 
 
 # ---- Closing, in any order and by anybody --------------------------------------------------------
@@ -294,7 +294,7 @@ def test_many_generators_closed_elsewhere_leave_nothing_behind():
             stream = deterministic_stream()
             await anext(stream)
             await asyncio.create_task(stream.aclose())
-        assert len(determinism._inside.get()) <= 1
+        assert len(_mode._inside.get()) <= 1
 
     asyncio.run(main())
 
