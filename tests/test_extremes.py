@@ -207,6 +207,7 @@ def test_s_dmask_keeps_the_shape_of_the_maxima():
 
 def test_lengths_that_nobody_read_saturate(monkeypatch):
     """On a GPU cache_seqlens may hold anything: the sum with the new keys must not wrap."""
+    monkeypatch.setattr("flash_attn._fast_path.attend_cache", lambda *arguments: None)
     seen = []
 
     def forward(q, k, v, scoring, packing, **schedule):
