@@ -343,7 +343,7 @@ class Plan:
     num_segments: int  # of the longest sequence
     pieces: int  # parts of a tile's segments that run side by side
     split_extent: int  # keys a split in standard mode; 0: the contract's ladder
-    num_threads: int  # on a GPU its multiprocessors
+    num_processors: int  # CPU threads, or multiprocessors of a GPU
     block: int  # N, keys a block
 
 

@@ -209,15 +209,14 @@ class Explanation:
     tile_rows: int
     num_tiles: int
     parallel_pieces: int
-    num_threads: int
+    num_processors: int  # CPU threads, or multiprocessors of a GPU
 
     def __str__(self) -> str:
         mode = "deterministic" if self.deterministic else "standard"
-        where = (
-            "the contract's ladder"
-            if self.deterministic
-            else "chosen for this batch and these threads"
-        )
+        processors = "threads" if self.family == "cpu" else "multiprocessors"
+        where = f"chosen for this batch and these {processors}"
+        if self.deterministic:
+            where = "the contract's ladder"
         shown = [str(x) for x in self.boundaries]
         if len(shown) > 12:
             shown = [*shown[:6], "...", *shown[-5:]]
@@ -229,7 +228,7 @@ class Explanation:
                 f"  segments  {len(self.boundaries) - 1}, {where}: {', '.join(shown)}",
                 "free schedule" if self.deterministic else "schedule",
                 f"  tiles     {self.num_tiles} of up to {self.tile_rows} rows",
-                f"  threads   {self.num_threads}",
+                f"  on        {self.num_processors} {processors}",
                 f"  segments  in {self.parallel_pieces} piece(s) side by side",
             ]
         )
@@ -286,7 +285,7 @@ def explain(
         tile_rows=plan.tile_rows,
         num_tiles=plan.num_tiles,
         parallel_pieces=plan.pieces,
-        num_threads=plan.num_threads,
+        num_processors=plan.num_processors,
     )
 
 

@@ -137,6 +137,17 @@ def test_controls_are_explained(changes):
     assert "segments" in str(explain(**VALID | changes, device=WHERE))
 
 
+def test_processors_have_the_name_of_what_they_are():
+    """A CPU schedules threads, a GPU its multiprocessors."""
+    explained = explain(3, 70, 4, 2, 16, device=WHERE)
+    kind, count = "threads", torch.get_num_threads()
+    if ON_GPU:
+        kind = "multiprocessors"
+        count = torch.cuda.get_device_properties(WHERE).multi_processor_count
+    assert explained.num_processors == count
+    assert f"  on        {count} {kind}\n" in str(explained)
+
+
 def test_integers_of_other_libraries_and_a_default_dtype():
     plain = explain(3, 70, 4, 2, 16, device=WHERE)
     assert explain(np.int64(3), torch.tensor(70), 4, np.int32(2), 16, device=WHERE) == plain
