@@ -25,6 +25,7 @@ from flash_attn import (
     flash_attn_varlen_func,
     flash_attn_with_kvcache,
 )
+from flash_attn._arguments import Inputs, Scoring
 
 DEVICE = "cuda"
 
@@ -123,9 +124,9 @@ def append(interleaved: bool) -> Tensor:
 
 def dropout(s_q: int) -> Tensor:
     """By the native call: the public one draws its seed with a kernel of PyTorch's."""
-    scoring = _native.Scoring(0.125, causal=True, dropout_p=0.3)
+    scoring = Scoring(0.125, causal=True, dropout_p=0.3)
     seed = torch.tensor([1234, 5678]).to(DEVICE)
-    out, *_ = _native.forward(*qkv(s_q, 64), scoring, deterministic=True, seed=seed)
+    out, *_ = _native.forward(Inputs(*qkv(s_q, 64)), scoring, deterministic=True, seed=seed)
     return out
 
 

@@ -19,6 +19,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 from flash_attn import _checks
+from flash_attn._schema import Schema
 
 # A kernel for one of these goes before the generated one, which is for all devices.
 _KEYS = ("AutogradCPU", "AutogradCUDA", "AutogradMeta")
@@ -66,8 +67,7 @@ class Kernel:
         self.overload = op._opoverload
         self.backward = backward
         self.save = save
-        # The dispatcher leaves out arguments that equal their defaults.
-        self.defaults = {a.name: a.default_value for a in self.overload._schema.arguments}
+        self.schema = Schema(op)
         for key in _KEYS:
             _library.impl(self.overload, self, key, with_keyset=True)
         if self.overload._schema.is_mutable:  # PyTorch runs any other op once for each slice
@@ -90,16 +90,13 @@ class Kernel:
         with torch._C._AutoDispatchBelowAutograd():
             return self.overload.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
 
-    def named(self, arguments: tuple[Any, ...]) -> dict[str, Any]:
-        return self.defaults | dict(zip(self.defaults, arguments, strict=False))
-
     def _refuse_vmap(self, *arguments: Any) -> NoReturn:
-        given = self.named(arguments)
+        given = self.schema.by_name(arguments)
         batched = (n for n, x in given.items() if isinstance(x, Tensor) and is_batchedtensor(x))
         _checks.refuse_vmap(", ".join(batched))
 
     def _refuse_tangents(self, arguments: tuple[Any, ...]) -> None:
-        for name, x in zip(self.defaults, arguments, strict=False):
+        for name, x in zip(self.schema.defaults, arguments, strict=False):
             # There is one level of dual numbers; torch.func keeps its own in wrappers of theirs.
             if isinstance(x, Tensor) and torch._VF._unpack_dual(x, level=0)[1] is not None:
                 _checks.refuse_forward_mode(name)
@@ -118,7 +115,7 @@ class _Node(torch.autograd.function._SingleLevelFunction):
         with torch.set_grad_enabled(transformed), forward_ad._set_fwd_grad_enabled(True):
             results = kernel.below(keyset, arguments)
         ctx.kernel = kernel
-        kernel.save(ctx, kernel.named(arguments), results)
+        kernel.save(ctx, kernel.schema.by_name(arguments), results)
         return results
 
     @staticmethod

@@ -10,23 +10,10 @@ import torch
 from torch import Tensor
 
 from flash_attn import _checks, _native
-from flash_attn._native import Packing, Scoring
+from flash_attn._arguments import DENSE, Gradients, Inputs, Outputs, Packing, Scoring
+from flash_attn._schema import fake_of
 
-
-def _gradient_buffers(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dq: Tensor | None,
-    dk: Tensor | None,
-    dv: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The buffers given, or throw-away ones where a caller does not want a gradient."""
-    return (
-        torch.empty_like(q) if dq is None else dq,
-        torch.empty_like(k) if dk is None else dk,
-        torch.empty_like(v) if dv is None else dv,
-    )
+_NO_BUFFERS = Gradients()
 
 
 def _zero(gradients: tuple[Tensor, ...]) -> None:
@@ -56,29 +43,13 @@ def _flash_attn_backward(
     deterministic: bool,
     rng_state: Tensor | None = None,
 ) -> Tensor:
-    _checks.check_backward(
-        dout,
-        q,
-        k,
-        v,
-        out,
-        softmax_lse,
-        dq,
-        dk,
-        dv,
-        dropout_p,
-        softmax_scale,
-        softcap,
-        alibi_slopes,
-        rng_state,
-    )
+    inputs, outputs = Inputs(q, k, v), Outputs(dout, out, softmax_lse, rng_state)
+    gradients = Gradients(dq, dk, dv)
     scoring = Scoring(
         softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, dropout_p
     )
-    gradients = _gradient_buffers(q, k, v, dq, dk, dv)
-    return _native.backward(
-        dout, q, k, v, out, softmax_lse, *gradients, scoring, _native.DENSE, rng_state
-    )
+    _checks.check_backward(inputs, outputs, gradients, scoring)
+    return _native.backward(inputs, outputs, gradients.buffers(inputs), scoring)
 
 
 @torch.library.custom_op("flash_attn::_flash_attn_varlen_backward", mutates_args=("dq", "dk", "dv"))
@@ -107,36 +78,17 @@ def _flash_attn_varlen_backward(
     rng_state: Tensor | None = None,
     zero_tensors: bool = False,
 ) -> Tensor:
-    _checks.check_varlen_backward(
-        dout,
-        q,
-        k,
-        v,
-        out,
-        softmax_lse,
-        dq,
-        dk,
-        dv,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        dropout_p,
-        softmax_scale,
-        softcap,
-        alibi_slopes,
-        rng_state,
-    )
+    inputs, outputs = Inputs(q, k, v), Outputs(dout, out, softmax_lse, rng_state)
+    gradients = Gradients(dq, dk, dv)
     scoring = Scoring(
         softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, dropout_p
     )
     packing = Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    gradients = _gradient_buffers(q, k, v, dq, dk, dv)
+    _checks.check_varlen_backward(inputs, outputs, gradients, packing, scoring)
+    buffers = gradients.buffers(inputs)
     if zero_tensors:
-        _zero(gradients)
-    return _native.backward(
-        dout, q, k, v, out, softmax_lse, *gradients, scoring, packing, rng_state
-    )
+        _zero(buffers)
+    return _native.backward(inputs, outputs, buffers, scoring, packing)
 
 
 @torch.library.custom_op("flash_attn::_attend_backward", mutates_args=())
@@ -162,37 +114,36 @@ def _attend_backward(
     rng_state: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The backward of ``_attend``: (dq, dk, dv) in new tensors; any head dim."""
+    inputs, outputs = Inputs(q, k, v), Outputs(dout, out, softmax_lse, rng_state)
     scoring = Scoring(
         softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, dropout_p
     )
-    gradients = _gradient_buffers(q, k, v, None, None, None)
-    inputs = (dout, q, k, v, out, softmax_lse, *gradients)
-    shared = (dropout_p, softmax_scale, softcap, alibi_slopes, rng_state)
-    packing = _native.DENSE
+    packing = DENSE
     if cu_seqlens_q is None and cu_seqlens_k is None:
-        _checks.check_backward(*inputs, *shared, low_level_head_dim=False)
+        _checks.check_backward(inputs, outputs, _NO_BUFFERS, scoring, low_level_head_dim=False)
     else:
-        lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-        arguments = (*inputs, *lengths, *shared)
-        _checks.check_varlen_backward(*arguments, low_level_head_dim=False)
-        packing = Packing(*lengths)
+        packing = Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        _checks.check_varlen_backward(
+            inputs, outputs, _NO_BUFFERS, packing, scoring, low_level_head_dim=False
+        )
+    gradients = _NO_BUFFERS.buffers(inputs)
+    if packing is not DENSE:
         _zero(gradients)
-    _native.backward(*inputs, scoring, packing, rng_state)
+    _native.backward(inputs, outputs, gradients, scoring, packing)
     return gradients
 
 
-@_attend_backward.register_fake
-def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+@fake_of(_attend_backward)
+def _(*, q: Tensor, k: Tensor, v: Tensor, **_others: Any) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-@_flash_attn_backward.register_fake
-def _(dout: Tensor, q: Tensor, *rest: Any, **named: Any) -> Tensor:
-    return q.new_empty(_native.softmax_d_shape(q, _native.DENSE), dtype=torch.float32)
+@fake_of(_flash_attn_backward)
+def _(*, q: Tensor, **_others: Any) -> Tensor:
+    return q.new_empty(_native.softmax_d_shape(q, DENSE), dtype=torch.float32)
 
 
-@_flash_attn_varlen_backward.register_fake
-def _(dout: Tensor, q: Tensor, *rest: Any, **named: Any) -> Tensor:
-    cu_seqlens_q = named["cu_seqlens_q"] if "cu_seqlens_q" in named else rest[7]
-    packing = Packing(cu_seqlens_q, cu_seqlens_q, 0, 0)
-    return q.new_empty(_native.softmax_d_shape(q, packing), dtype=torch.float32)
+@fake_of(_flash_attn_varlen_backward)
+def _(*, q: Tensor, cu_seqlens_q: Tensor, **_others: Any) -> Tensor:
+    shape = _native.softmax_d_shape(q, Packing(cu_seqlens_q))
+    return q.new_empty(shape, dtype=torch.float32)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from flash_attn import _native
+from flash_attn._arguments import Append, Cache, Inputs, Outputs
 from flash_attn._refusal import refuse
 
 MAX_HEAD_DIM = 256
@@ -184,10 +185,9 @@ def packed(name: str, x: Tensor, count: int) -> None:
         refuse(what, received, f"4 or 5 dimensions, and size {count} in dimension -3")
 
 
-def qkv(
-    q: Tensor, k: Tensor, v: Tensor, q_letters: str, k_letters: str, *, suffix: str = ""
-) -> None:
+def qkv(inputs: Inputs, q_letters: str, k_letters: str, *, suffix: str = "") -> None:
     """Queries, keys and values; ``suffix`` is "_cache" where k and v are the caches."""
+    q, k, v = inputs.q, inputs.k, inputs.v
     device(q.device)
     dtype(q.dtype, q.device)
     shape("q", q, q_letters, (None,) * (q_letters.count(",") + 1))
@@ -250,20 +250,20 @@ def page(size: int, on: torch.device) -> None:
         refuse(what, f"page size {size} on {on}", f"a positive multiple of {step} here")
 
 
-def cache_rows(cache_batch_idx: Tensor | None, k_cache: Tensor, b: int, paged: bool) -> None:
-    if cache_batch_idx is not None and paged:
+def cache_rows(cache: Cache, b: int) -> None:
+    paged = cache.block_table is not None
+    if cache.batch_idx is not None and paged:
         what = "Paged KVcache does not support cache_batch_idx"
         refuse(what, "block_table and cache_batch_idx", "at most one of the two")
-    if cache_batch_idx is None and not paged and k_cache.shape[0] < b:
+    if cache.batch_idx is None and not paged and cache.k.shape[0] < b:
         what = "k_cache must have shape (b_cache, s_cache, h_kv, d) with a row for each sequence"
-        received = f"k_cache of shape {tuple(k_cache.shape)} and q with {b=}"
+        received = f"k_cache of shape {tuple(cache.k.shape)} and q with {b=}"
         refuse(what, received, "b_cache >= b, or cache_batch_idx")
 
 
-def new_keys(
-    q: Tensor, k: Tensor | None, v: Tensor | None, h_kv: int, seqlens: object, capacity: int
-) -> int:
+def new_keys(q: Tensor, cache: Cache, new: Append, capacity: int) -> int:
     """Keys and values to append; returns how many each sequence gets."""
+    k, v = new.k, new.v
     if k is None:
         if v is not None:
             what = "If value is supplied, key must also be passed in"
@@ -271,7 +271,7 @@ def new_keys(
         return 0
     if v is None:
         refuse("If key is supplied, value must also be passed in", "k without v", "both or neither")
-    if seqlens is None:
+    if cache.seqlens is None:
         what = "If key is supplied, seqlens_k must also be passed in"
         refuse(what, "k without cache_seqlens", "cache_seqlens says where the new keys go")
     # flash-attn has this among its errors, although s_q > capacity would be well defined. Kept, for
@@ -279,21 +279,20 @@ def new_keys(
     if q.shape[1] > capacity:
         what = "If key is supplied, seqlen_q must be <= seqlen_k, the seqlen of the KV cache"
         refuse(what, f"s_q={q.shape[1]}, {capacity=}", "s_q <= capacity in a call that appends")
-    k_shape = (q.shape[0], None, h_kv, q.shape[3])
+    k_shape = (q.shape[0], None, cache.k.shape[2], q.shape[3])
     like_q("k", k, q, "b, s_new, h_kv, d", k_shape, "query and key")
     like_q("v", v, q, "b, s_new, h_kv, d", k.shape, "query and value")
     return k.shape[1]
 
 
-def rotary(
-    q: Tensor, k: Tensor | None, cos: Tensor | None, sin: Tensor | None, capacity: int
-) -> None:
+def rotary(q: Tensor, new: Append, capacity: int) -> None:
+    cos, sin = new.rotary_cos, new.rotary_sin
     if cos is None and sin is None:
         return
     if cos is None or sin is None:
         what = "If rotary cos is provided, rotary sin must also be provided"
         refuse(what, f"rotary_{'sin' if cos is None else 'cos'} alone", "both or neither")
-    if k is None:
+    if new.k is None:
         what = (
             "If rotary cos/sin are provided, new key / value to be appended to KV cache must also"
         )
@@ -314,11 +313,10 @@ def rotary(
         refuse(what, f"{cos.shape[0]} rows, {capacity=}", "one row for each row of the cache")
 
 
-def saved_for_backward(
-    q: Tensor, out: Tensor, softmax_lse: Tensor, rng_state: Tensor | None, dropout_p: float
-) -> None:
+def saved_for_backward(q: Tensor, outputs: Outputs, dropout_p: float) -> None:
     """What the forward returned. The dense lse is (b, h_q, s_q), the varlen one (h_q, total_q)."""
-    like_q("out", out, q, "the shape of q", q.shape, "query and out")
+    softmax_lse, rng_state = outputs.softmax_lse, outputs.rng_state
+    like_q("out", outputs.out, q, "the shape of q", q.shape, "query and out")
     *b, s_q, h_q, _ = q.shape
     fp32("softmax_lse", "softmax_lse", softmax_lse, q)
     letters = "b, h_q, s_q" if b else "h_q, total_q"

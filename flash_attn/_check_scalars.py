@@ -19,6 +19,7 @@ from torch._compile import _disable_dynamo
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.autograd import forward_ad
 
+from flash_attn._arguments import Scoring
 from flash_attn._refusal import refuse
 
 MAX_NUM_SPLITS = 128
@@ -165,12 +166,11 @@ def not_negative(name: str, value: int) -> None:
         refuse(f"{name} must not be negative", f"{name}={value}", f"{name} >= 0")
 
 
-def scoring(
-    dropout_p: float, softmax_scale: float | None, softcap: float, return_softmax: bool = False
-) -> None:
+def scoring(given: Scoring, return_softmax: bool = False) -> None:
+    dropout_p, softmax_scale, softcap = given.dropout_p, given.softmax_scale, given.softcap
     if not 0.0 <= dropout_p < 1.0:  # true for NaN as well, like the tests below
         refuse("dropout_p (p_dropout) is out of range", f"{dropout_p=}", "0 <= dropout_p < 1")
-    if softmax_scale is not None and not math.isfinite(softmax_scale):
+    if not math.isfinite(softmax_scale):
         refuse("softmax_scale is not finite", f"{softmax_scale=}", "a finite number")
     if not 0.0 <= softcap < math.inf:
         refuse("softcap is out of range", f"{softcap=}", "finite and >= 0, where 0 means off")

@@ -3,12 +3,15 @@
 The ops call these before they allocate or write anything, so that a refused call leaves caches and
 output buffers as they were. The rules themselves lie beside this file, by what they are about:
 scalars, tensors (``_check_rules.py``), what index tensors hold, and memory that is written.
-Entry points take the arguments of their operation by upstream's names, and raise RuntimeError. The
+Entry points take the objects of ``_arguments.py``, and raise RuntimeError in upstream's names. The
 short ones, from ``_check_scalars.py`` for the most part, are for the functions in front of the ops:
 they settle types, and return what an op's schema takes.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +20,7 @@ from flash_attn import _check_contents as contents
 from flash_attn import _check_memory as memory
 from flash_attn import _check_rules as rules
 from flash_attn import _check_scalars as scalars
+from flash_attn._arguments import Append, Cache, Gradients, Inputs, Outputs, Packing, Scoring
 from flash_attn._check_rules import cache_gradient_refused as refuse_cache_gradient
 from flash_attn._check_rules import forward_mode_refused as refuse_forward_mode
 from flash_attn._check_rules import gradient_refused as refuse_gradient
@@ -38,6 +42,7 @@ from flash_attn._check_scalars import optional_number as check_optional_number
 from flash_attn._check_scalars import splits as check_num_splits
 from flash_attn._check_scalars import window as check_window
 from flash_attn._mode import is_deterministic
+from flash_attn._native import softmax_scale_of
 
 __all__ = [
     "check_backward",
@@ -68,6 +73,7 @@ __all__ = [
     "refuse_second_derivative",
     "refuse_transform",
     "refuse_vmap",
+    "settle_scoring",
 ]
 
 # Shapes by their letters, as the messages print them.
@@ -76,21 +82,30 @@ _PACKED_Q, _PACKED_K = "total_q, h_q, d", "total_k, h_kv, d"
 _CACHE, _PAGES = "b_cache, s_cache, h_kv, d", "num_blocks, page_size, h_kv, d"
 
 
-def check_dense(
+def settle_scoring(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dropout_p: float,
-    softmax_scale: float | None,
-    softcap: float,
+    softmax_scale: Any,
+    causal: Any,
+    window_size: Sequence[int] | Tensor,
+    softcap: Any,
     alibi_slopes: Tensor | None,
-    *,
-    low_level_head_dim: bool,
-    return_softmax: bool,
+    dropout_p: Any = 0.0,
+) -> Scoring:
+    """The numbers and switches of a score, in whatever type they come."""
+    left, right = check_window(window_size)
+    dropout_p = check_number("dropout_p", dropout_p)
+    softmax_scale = softmax_scale_of(q, check_optional_number("softmax_scale", softmax_scale))
+    causal = check_flag("causal", causal)
+    softcap = check_number("softcap", softcap)
+    return Scoring(softmax_scale, causal, left, right, softcap, alibi_slopes, dropout_p)
+
+
+def check_dense(
+    inputs: Inputs, scoring: Scoring, *, low_level_head_dim: bool, return_softmax: bool
 ) -> None:
-    scalars.scoring(dropout_p, softmax_scale, softcap, return_softmax)
-    _check_dense_qkv(q, k, v, "forward", low_level_head_dim)
-    rules.alibi(alibi_slopes, q, q.shape[0])
+    scalars.scoring(scoring, return_softmax)
+    _check_dense_inputs(inputs, "forward", low_level_head_dim)
+    rules.alibi(scoring.alibi_slopes, inputs.q, inputs.q.shape[0])
 
 
 def check_sizes(
@@ -118,88 +133,76 @@ def check_sizes(
 
 
 def check_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    softmax_lse: Tensor,
-    dq: Tensor | None,
-    dk: Tensor | None,
-    dv: Tensor | None,
-    dropout_p: float,
-    softmax_scale: float | None,
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    rng_state: Tensor | None,
+    inputs: Inputs,
+    outputs: Outputs,
+    gradients: Gradients,
+    scoring: Scoring,
     *,
     low_level_head_dim: bool = True,
 ) -> None:
-    scalars.scoring(dropout_p, softmax_scale, softcap)
-    _check_dense_qkv(q, k, v, "backward", low_level_head_dim)
-    rules.alibi(alibi_slopes, q, q.shape[0])
-    rules.saved_for_backward(q, out, softmax_lse, rng_state, dropout_p)
-    _check_gradients(dout, q, k, v, out, softmax_lse, dq, dk, dv)
+    q = inputs.q
+    scalars.scoring(scoring)
+    _check_dense_inputs(inputs, "backward", low_level_head_dim)
+    rules.alibi(scoring.alibi_slopes, q, q.shape[0])
+    rules.saved_for_backward(q, outputs, scoring.dropout_p)
+    _check_gradients(inputs, outputs, gradients)
 
 
-def _check_dense_qkv(q: Tensor, k: Tensor, v: Tensor, phase: str, low_level: bool) -> None:
-    rules.qkv(q, k, v, _Q, _K)
+def _check_dense_inputs(inputs: Inputs, phase: str, low_level: bool) -> None:
+    q, k = inputs.q, inputs.k
+    rules.qkv(inputs, _Q, _K)
     rules.sizes(q.shape[0], q, k, phase, low_level)
     rules.shape("k", k, _K, (q.shape[0], *k.shape[1:]))
 
 
 def check_varlen(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    dropout_p: float,
-    softmax_scale: float | None,
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    block_table: Tensor | None,
-    leftpad_k: Tensor | None,
-    seqused_k: Tensor | None,
+    inputs: Inputs,
+    packing: Packing,
+    scoring: Scoring,
     *,
     low_level_head_dim: bool,
     return_softmax: bool,
 ) -> None:
-    paged = block_table is not None
-    scalars.scoring(dropout_p, softmax_scale, softcap, return_softmax)
-    rules.qkv(q, k, v, _PACKED_Q, _PAGES if paged else _PACKED_K)
-    lengths = (max_seqlen_q, max_seqlen_k)
-    cu_seqlens_q, cu_seqlens_k = _check_cu_seqlens(q, cu_seqlens_q, cu_seqlens_k, *lengths)
+    q, k = inputs.q, inputs.k
+    scalars.scoring(scoring, return_softmax)
+    rules.qkv(inputs, _PACKED_Q, _PACKED_K if packing.block_table is None else _PAGES)
+    cu_seqlens_q, cu_seqlens_k = _check_cu_seqlens(q, packing)
     b = cu_seqlens_q.shape[0] - 1
     rules.sizes(b, q, k, "forward", low_level_head_dim)
     if return_softmax:
-        scalars.s_dmask(b, q.shape[1], max_seqlen_q, max_seqlen_k)
-    rules.alibi(alibi_slopes, q, b)
+        scalars.s_dmask(b, q.shape[1], packing.max_seqlen_q, packing.max_seqlen_k)
+    rules.alibi(scoring.alibi_slopes, q, b)
     room = k.shape[0]  # keys of the pack, or of one row of the table
-    if block_table is not None:
-        room = rules.block_table(block_table, q, b, k.shape[1], leftpad_k)
-    if leftpad_k is not None:
-        rules.index("leftpad_k", leftpad_k, q, "b", b)
-    if seqused_k is not None:
-        rules.index("seqused_k", seqused_k, q, "b", b)
-    if not contents.reads_contents(q.device):
-        return
+    if packing.block_table is not None:
+        room = rules.block_table(packing.block_table, q, b, k.shape[1], packing.leftpad_k)
+    if packing.leftpad_k is not None:
+        rules.index("leftpad_k", packing.leftpad_k, q, "b", b)
+    if packing.seqused_k is not None:
+        rules.index("seqused_k", packing.seqused_k, q, "b", b)
+    if contents.reads_contents(q.device):
+        offsets = cu_seqlens_q.cpu()
+        contents.offsets("cu_seqlens_q", offsets, q.shape[0], "max_seqlen_q", packing.max_seqlen_q)
+        _check_keys_in_use(k, cu_seqlens_k.cpu(), packing, room)
 
-    cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.cpu(), cu_seqlens_k.cpu()
-    block_table, leftpad_k, seqused_k = _on_host(block_table, leftpad_k, seqused_k)
-    contents.offsets("cu_seqlens_q", cu_seqlens_q, q.shape[0], "max_seqlen_q", max_seqlen_q)
-    # Lengths of the keys. With seqused_k, cu_seqlens_k only says where a sequence starts and how
-    # many keys lie there; in a paged cache it then says nothing, and is not read.
-    keys: Tensor
-    total_k = None if paged else room
+
+def _check_keys_in_use(k: Tensor, cu_seqlens_k: Tensor, packing: Packing, room: int) -> None:
+    """What the index tensors for the keys hold; ``room`` keys are in the pack, or in a row of the
+    block table.
+
+    With seqused_k, cu_seqlens_k only says where a sequence starts and how many keys lie there; in a
+    paged cache it then says nothing, and is not read.
+    """
+    most = packing.max_seqlen_k
+    block_table, leftpad_k, seqused_k = _on_host(
+        packing.block_table, packing.leftpad_k, packing.seqused_k
+    )
+    total_k = room if block_table is None else None
     if seqused_k is None:
-        keys = contents.offsets("cu_seqlens_k", cu_seqlens_k, total_k, "max_seqlen_k", max_seqlen_k)
+        keys = contents.offsets("cu_seqlens_k", cu_seqlens_k, total_k, "max_seqlen_k", most)
     else:
         keys = seqused_k
-        what, rule = "seqused_k is out of range", f"0 <= seqused_k <= {max_seqlen_k=}"
-        contents.in_range("seqused_k", keys, max_seqlen_k, what, rule)
+        what, rule = "seqused_k is out of range", f"0 <= seqused_k <= max_seqlen_k={most}"
+        contents.in_range("seqused_k", keys, most, what, rule)
         if total_k is not None:
             in_pack = contents.offsets("cu_seqlens_k", cu_seqlens_k, total_k, "total_k", total_k)
             contents.at_most("seqused_k", keys, in_pack, "seqused_k <= keys of the sequence")
@@ -213,80 +216,54 @@ def check_varlen(
 
 
 def check_varlen_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    softmax_lse: Tensor,
-    dq: Tensor | None,
-    dk: Tensor | None,
-    dv: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    dropout_p: float,
-    softmax_scale: float | None,
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    rng_state: Tensor | None,
+    inputs: Inputs,
+    outputs: Outputs,
+    gradients: Gradients,
+    packing: Packing,
+    scoring: Scoring,
     *,
     low_level_head_dim: bool = True,
 ) -> None:
-    scalars.scoring(dropout_p, softmax_scale, softcap)
-    rules.qkv(q, k, v, _PACKED_Q, _PACKED_K)
-    lengths = (max_seqlen_q, max_seqlen_k)
-    cu_seqlens_q, cu_seqlens_k = _check_cu_seqlens(q, cu_seqlens_q, cu_seqlens_k, *lengths)
+    q, k = inputs.q, inputs.k
+    scalars.scoring(scoring)
+    rules.qkv(inputs, _PACKED_Q, _PACKED_K)
+    cu_seqlens_q, cu_seqlens_k = _check_cu_seqlens(q, packing)
     b = cu_seqlens_q.shape[0] - 1
     rules.sizes(b, q, k, "backward", low_level_head_dim)
-    rules.alibi(alibi_slopes, q, b)
-    rules.saved_for_backward(q, out, softmax_lse, rng_state, dropout_p)
-    _check_gradients(dout, q, k, v, out, softmax_lse, dq, dk, dv)
+    rules.alibi(scoring.alibi_slopes, q, b)
+    rules.saved_for_backward(q, outputs, scoring.dropout_p)
+    _check_gradients(inputs, outputs, gradients)
     if contents.reads_contents(q.device):
-        contents.offsets(
-            "cu_seqlens_q", cu_seqlens_q.cpu(), q.shape[0], "max_seqlen_q", max_seqlen_q
-        )
-        contents.offsets(
-            "cu_seqlens_k", cu_seqlens_k.cpu(), k.shape[0], "max_seqlen_k", max_seqlen_k
-        )
+        most_q, most_k = packing.max_seqlen_q, packing.max_seqlen_k
+        contents.offsets("cu_seqlens_q", cu_seqlens_q.cpu(), q.shape[0], "max_seqlen_q", most_q)
+        contents.offsets("cu_seqlens_k", cu_seqlens_k.cpu(), k.shape[0], "max_seqlen_k", most_k)
 
 
-def _check_gradients(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    softmax_lse: Tensor,
-    dq: Tensor | None,
-    dk: Tensor | None,
-    dv: Tensor | None,
-) -> None:
+def _check_gradients(inputs: Inputs, outputs: Outputs, gradients: Gradients) -> None:
     """dout, and the buffers for gradients that the caller passes."""
+    q, k, v = inputs.q, inputs.k, inputs.v
     buffers = {}
-    for name, tensor, of in (("dq", dq, q), ("dk", dk, k), ("dv", dv, v)):
+    for name, tensor, of in (
+        ("dq", gradients.dq, q),
+        ("dk", gradients.dk, k),
+        ("dv", gradients.dv, v),
+    ):
         if tensor is not None:
             rules.gradient(name, tensor, of, q)
             buffers[name] = tensor
+    dout, out, softmax_lse = outputs.dout, outputs.out, outputs.softmax_lse
     rules.gradient("dout", dout, q, q)
-    inputs = {"dout": dout, "q": q, "k": k, "v": v, "out": out, "softmax_lse": softmax_lse}
-    memory.written(buffers, inputs)
+    read = {"dout": dout, "q": q, "k": k, "v": v, "out": out, "softmax_lse": softmax_lse}
+    memory.written(buffers, read)
 
 
-def _check_cu_seqlens(
-    q: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-) -> tuple[Tensor, Tensor]:
+def _check_cu_seqlens(q: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
     """Metadata of the offsets of a pack; returns them, since the low-level ops can get none."""
-    scalars.not_negative("max_seqlen_q", max_seqlen_q)
-    scalars.not_negative("max_seqlen_k", max_seqlen_k)
-    offsets_q = rules.index("cu_seqlens_q", cu_seqlens_q, q, "b + 1", None)
-    offsets_k = rules.index("cu_seqlens_k", cu_seqlens_k, q, "b + 1", offsets_q.shape[0])
-    return offsets_q, offsets_k
+    scalars.not_negative("max_seqlen_q", packing.max_seqlen_q)
+    scalars.not_negative("max_seqlen_k", packing.max_seqlen_k)
+    offsets_q = rules.index("cu_seqlens_q", packing.cu_seqlens_q, q, "b + 1", None)
+    entries = offsets_q.shape[0]
+    return offsets_q, rules.index("cu_seqlens_k", packing.cu_seqlens_k, q, "b + 1", entries)
 
 
 def check_cache_ranks(q: Tensor, k_cache: Tensor, block_table: Tensor | None) -> None:
@@ -299,79 +276,63 @@ def check_cache_ranks(q: Tensor, k_cache: Tensor, block_table: Tensor | None) ->
         rules.shape("block_table", block_table, "b, max_blocks", (None, None))
 
 
-def check_kvcache(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    rotary_cos: Tensor | None,
-    rotary_sin: Tensor | None,
-    cache_seqlens: Tensor | int | None,
-    cache_batch_idx: Tensor | None,
-    cache_leftpad: Tensor | None,
-    block_table: Tensor | None,
-    softmax_scale: float | None,
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    num_splits: int,
-    *,
-    rotate_q_rows: bool = True,
-) -> None:
-    """``rotate_q_rows``: query row i is rotated to position cache_seqlens + i (causal or local
-    attention), instead of all rows to cache_seqlens."""
-    scalars.scoring(0.0, softmax_scale, softcap)
+def check_kvcache(q: Tensor, cache: Cache, new: Append, scoring: Scoring, num_splits: int) -> None:
+    scalars.scoring(scoring)
     check_num_splits(num_splits)
-    paged = block_table is not None
-    rules.qkv(q, k_cache, v_cache, _Q, _PAGES if paged else _CACHE, suffix="_cache")
-    b, s_q = q.shape[:2]
-    rules.sizes(b, q, k_cache, "forward", low_level=False)
-    rules.alibi(alibi_slopes, q, b)
-    rules.cache_rows(cache_batch_idx, k_cache, b, paged)
-    page_size = k_cache.shape[1]  # without a block_table a sequence has a single page, its row
-    home, capacity = "k_cache", page_size
-    if block_table is not None:
-        home = "block_table"
-        capacity = rules.block_table(block_table, q, b, page_size, cache_leftpad)
-    if isinstance(cache_seqlens, Tensor):
-        rules.index("cache_seqlens", cache_seqlens, q, "b", b)
-    if cache_batch_idx is not None:
-        rules.index("cache_batch_idx", cache_batch_idx, q, "b", b)
-    if cache_leftpad is not None:
-        rules.index("cache_leftpad", cache_leftpad, q, "b", b)
-    s_new = rules.new_keys(q, k, v, k_cache.shape[2], cache_seqlens, capacity)
-    rules.rotary(q, k, rotary_cos, rotary_sin, capacity)
+    letters = _CACHE if cache.block_table is None else _PAGES
+    rules.qkv(Inputs(q, cache.k, cache.v), _Q, letters, suffix="_cache")
+    b = q.shape[0]
+    rules.sizes(b, q, cache.k, "forward", low_level=False)
+    rules.alibi(scoring.alibi_slopes, q, b)
+    rules.cache_rows(cache, b)
+    capacity = cache.k.shape[1]
+    if cache.block_table is not None:
+        capacity = rules.block_table(cache.block_table, q, b, cache.k.shape[1], cache.leftpad)
+    if cache.seqlens is not None:
+        rules.index("cache_seqlens", cache.seqlens, q, "b", b)
+    if cache.batch_idx is not None:
+        rules.index("cache_batch_idx", cache.batch_idx, q, "b", b)
+    if cache.leftpad is not None:
+        rules.index("cache_leftpad", cache.leftpad, q, "b", b)
+    s_new = rules.new_keys(q, cache, new, capacity)
+    rules.rotary(q, new, capacity)
     if s_new:
-        memory.written({"k_cache": k_cache, "v_cache": v_cache}, {"q": q, "k": k, "v": v})
-    if not contents.reads_contents(q.device):
-        return
+        written = {"k_cache": cache.k, "v_cache": cache.v}
+        memory.written(written, {"q": q, "k": new.k, "v": new.v})
+    if contents.reads_contents(q.device):
+        longest = _check_places(cache, s_new, capacity)
+        if new.rotary_cos is not None:
+            # Without a mask by position all queries turn as the first one does.
+            turns = q.shape[1] if scoring.depends_on_place(capacity) else min(q.shape[1], 1)
+            contents.rotary_reach(new.rotary_cos, longest + turns - 1)
 
-    cache_batch_idx, cache_leftpad, block_table = _on_host(
-        cache_batch_idx, cache_leftpad, block_table
+
+def _check_places(cache: Cache, s_new: int, capacity: int) -> int:
+    """What the index tensors of a cache hold; returns the longest of its sequences."""
+    num_rows, page_size = cache.k.shape[:2]
+    seqlens, batch_idx, leftpad, block_table = _on_host(
+        cache.seqlens, cache.batch_idx, cache.leftpad, cache.block_table
     )
-    if isinstance(cache_seqlens, Tensor):
-        cache_seqlens = cache_seqlens.cpu()
-    starts = capacity if cache_seqlens is None else cache_seqlens  # where an append would go
+    home = "k_cache" if block_table is None else "block_table"
+    starts = capacity if seqlens is None else seqlens  # where an append would go
     longest = contents.cache_lengths(starts, s_new, capacity, home)
-    if cache_batch_idx is not None:
-        last = k_cache.shape[0] - 1
+    if batch_idx is not None:
+        last = num_rows - 1
         what = "cache_batch_idx names a row outside the cache"
-        contents.in_range("cache_batch_idx", cache_batch_idx, last, what, f"0 <= row <= {last}")
-    if cache_leftpad is not None:
+        contents.in_range("cache_batch_idx", batch_idx, last, what, f"0 <= row <= {last}")
+    if leftpad is not None:
         rule = "0 <= cache_leftpad <= keys of the sequence, new ones included"
-        contents.at_most("cache_leftpad", cache_leftpad, starts + s_new, rule)
+        contents.at_most("cache_leftpad", leftpad, starts + s_new, rule)
     if block_table is not None:
         keys = starts + s_new if s_new else starts
-        contents.pages(block_table, k_cache.shape[0], page_size, keys)
+        contents.pages(block_table, num_rows, page_size, keys)
     if s_new and is_deterministic():
-        if cache_batch_idx is not None:
-            contents.append_places("cache_batch_idx", cache_batch_idx)
+        if batch_idx is not None:
+            contents.append_places("cache_batch_idx", batch_idx)
         elif block_table is not None:
             places = _append_places(block_table, starts, s_new, page_size)
             contents.append_places("block_table", places)
-    if rotary_cos is not None:
-        rotated = s_q if rotate_q_rows else min(s_q, 1)
-        contents.rotary_reach(rotary_cos, longest + rotated - 1)
+    return longest
 
 
 def _on_host(*tensors: Tensor | None) -> list[Tensor | None]:

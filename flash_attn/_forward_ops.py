@@ -1,22 +1,30 @@
 """The forward ops ``torch.ops.flash_attn.*``: what PyTorch's compiler sees of a forward pass.
 
-Each checks its arguments, reads the determinism mode when it runs (so that nothing is baked into a
-compiled graph), and calls ``_native``.
+Each makes objects of its arguments (``_arguments.py``), checks them, reads the determinism mode
+when it runs (so that nothing is baked into a compiled graph), and calls ``_native``.
 
 Shapes: dense q (b, s_q, h_q, d), k and v (b, s_k, h_kv, d); packed q (t_q, h_q, d), k and v
 (t_k, h_kv, d), or (num_blocks, page_size, h_kv, d) with a block table. softmax_lse is fp32, natural
 log: (b, h_q, s_q) or (h_q, t_q).
 """
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flash_attn import _checks, _native
+from flash_attn._arguments import (
+    DENSE,
+    NOTHING_NEW,
+    Append,
+    Cache,
+    Inputs,
+    Packing,
+    Scoring,
+)
 from flash_attn._mode import is_deterministic
-from flash_attn._native import Packing, Scoring
+from flash_attn._schema import fake_of
 
 # Two equal calls are not one: their masks differ. (``_attend`` is given its seed instead.)
 _DRAWS_ITS_SEED = (torch.Tag.nondeterministic_seeded,)
@@ -40,24 +48,13 @@ def _flash_attn_forward(
     alibi_slopes: Tensor | None,
     return_softmax: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _checks.check_dense(
-        q,
-        k,
-        v,
-        dropout_p,
-        softmax_scale,
-        softcap,
-        alibi_slopes,
-        low_level_head_dim=True,
-        return_softmax=return_softmax,
-    )
+    inputs = Inputs(q, k, v)
     scoring = Scoring(
         softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, dropout_p
     )
+    _checks.check_dense(inputs, scoring, low_level_head_dim=True, return_softmax=return_softmax)
     return _native.forward(
-        q,
-        k,
-        v,
+        inputs,
         scoring,
         deterministic=is_deterministic(),
         seed=_native.draw_seed(q.device) if dropout_p > 0.0 else None,
@@ -89,24 +86,7 @@ def _flash_attn_varlen_forward(
     seqused_k: Tensor | None = None,
     zero_tensors: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _checks.check_varlen(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        dropout_p,
-        softmax_scale,
-        softcap,
-        alibi_slopes,
-        block_table,
-        leftpad_k,
-        seqused_k,
-        low_level_head_dim=True,
-        return_softmax=return_softmax,
-    )
+    inputs = Inputs(q, k, v)
     scoring = Scoring(
         softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, dropout_p
     )
@@ -119,11 +99,12 @@ def _flash_attn_varlen_forward(
         leftpad_k,
         block_table=block_table,
     )
+    _checks.check_varlen(
+        inputs, packing, scoring, low_level_head_dim=True, return_softmax=return_softmax
+    )
     # zero_tensors asks for defined values in rows that no sequence covers; they have them always.
     return _native.forward(
-        q,
-        k,
-        v,
+        inputs,
         scoring,
         packing,
         deterministic=is_deterministic(),
@@ -154,28 +135,25 @@ def _attend(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What the public functions call: dense or packed, any head dim, determinism per call."""
+    inputs = Inputs(q, k, v)
     scoring = Scoring(
         softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, dropout_p
     )
-    shared = (dropout_p, softmax_scale, softcap, alibi_slopes)
     return_softmax = return_softmax and dropout_p > 0.0
-    packing = _native.DENSE
+    packing = DENSE
     if cu_seqlens_q is None and cu_seqlens_k is None:
         _checks.check_dense(
-            q, k, v, *shared, low_level_head_dim=False, return_softmax=return_softmax
+            inputs, scoring, low_level_head_dim=False, return_softmax=return_softmax
         )
     else:
-        lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-        _checks.check_varlen(
-            *(q, k, v, *lengths, *shared, block_table, None, None),
-            low_level_head_dim=False,
-            return_softmax=return_softmax,
+        packing = Packing(
+            cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table=block_table
         )
-        packing = Packing(*lengths, block_table=block_table)
+        _checks.check_varlen(
+            inputs, packing, scoring, low_level_head_dim=False, return_softmax=return_softmax
+        )
     return _native.forward(
-        q,
-        k,
-        v,
+        inputs,
         scoring,
         packing,
         deterministic=deterministic or is_deterministic(),
@@ -184,7 +162,8 @@ def _attend(
     )
 
 
-def _fake_result(q: Tensor, k: Tensor, v: Tensor, packing: Packing, return_softmax: bool) -> Result:
+def _fake_result(inputs: Inputs, packing: Packing, return_softmax: bool) -> Result:
+    q, k, v = inputs.q, inputs.k, inputs.v
     _checks.check_same_device(q, k=k, v=v)
     dmask = _native.s_dmask_shape(q, k, packing) if return_softmax else (0,)
     return (
@@ -195,13 +174,14 @@ def _fake_result(q: Tensor, k: Tensor, v: Tensor, packing: Packing, return_softm
     )
 
 
-@_flash_attn_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Result:
-    return _fake_result(q, k, v, _native.DENSE, return_softmax=options[-1])
+@fake_of(_flash_attn_forward)
+def _(*, q: Tensor, k: Tensor, v: Tensor, return_softmax: bool, **_others: Any) -> Result:
+    return _fake_result(Inputs(q, k, v), DENSE, return_softmax)
 
 
-@_flash_attn_varlen_forward.register_fake
+@fake_of(_flash_attn_varlen_forward)
 def _(
+    *,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -209,23 +189,16 @@ def _(
     cu_seqlens_k: Tensor,
     max_seqlen_q: int,
     max_seqlen_k: int,
-    dropout_p: float,
-    softmax_scale: float,
-    causal: bool,
-    window_size_left: int = -1,
-    window_size_right: int = -1,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    return_softmax: bool = False,
-    *rest: Any,
-    **named: Any,
+    return_softmax: bool,
+    **_others: Any,
 ) -> Result:
     packing = Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return _fake_result(q, k, v, packing, return_softmax)
+    return _fake_result(Inputs(q, k, v), packing, return_softmax)
 
 
-@_attend.register_fake
+@fake_of(_attend)
 def _(
+    *,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -234,89 +207,34 @@ def _(
     max_seqlen_q: int,
     max_seqlen_k: int,
     dropout_p: float,
-    *options: Any,
+    return_softmax: bool,
+    **_others: Any,
 ) -> Result:
-    packing = _native.DENSE
+    packing = DENSE
     if cu_seqlens_q is not None:
         packing = Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return_softmax = options[6] and dropout_p > 0.0
-    return _fake_result(q, k, v, packing, return_softmax)
+    return _fake_result(Inputs(q, k, v), packing, return_softmax and dropout_p > 0.0)
 
 
 def _cache_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    rotary_cos: Tensor | None,
-    rotary_sin: Tensor | None,
-    cache_seqlens: Tensor | None,
-    cache_batch_idx: Tensor | None,
-    cache_leftpad: Tensor | None,
-    block_table: Tensor | None,
-    softmax_scale: float,
-    causal: bool,
-    window_size_left: int,
-    window_size_right: int,
-    softcap: float,
-    rotary_interleaved: bool,
-    alibi_slopes: Tensor | None,
-    num_splits: int,
+    q: Tensor, cache: Cache, new: Append, scoring: Scoring, num_splits: int
 ) -> tuple[Tensor, Tensor]:
     """(out, softmax_lse); the caches are written only when new keys are given."""
-    # Queries turn by their own positions under a causal or windowed mask, else all alike. A window
-    # as wide as the cache is none.
-    packing = Packing(cache_batch_idx=cache_batch_idx, block_table=block_table)
-    capacity = packing.lengths(q, k_cache)[1]
-    by_position = causal or any(0 <= w < capacity for w in (window_size_left, window_size_right))
-    _checks.check_kvcache(
-        q,
-        k_cache,
-        v_cache,
-        k,
-        v,
-        rotary_cos,
-        rotary_sin,
-        cache_seqlens,
-        cache_batch_idx,
-        cache_leftpad,
-        block_table,
-        softmax_scale,
-        softcap,
-        alibi_slopes,
-        num_splits,
-        rotate_q_rows=by_position,
-    )
-    lengths = cache_seqlens
+    _checks.check_kvcache(q, cache, new, scoring, num_splits)
+    capacity, lengths = cache.capacity(), cache.seqlens
     if lengths is None:
         lengths = torch.full((q.shape[0],), capacity, dtype=torch.int32, device=q.device)
-    if k is not None and v is not None:
-        q = _native.append(
-            q,
-            k,
-            v,
-            k_cache,
-            v_cache,
-            lengths,
-            packing,
-            rotary_cos,
-            rotary_sin,
-            interleaved=rotary_interleaved,
-            rotate_by_position=by_position,
-        )
+    if new.k is not None:
+        # Where the mask goes by place, queries turn by their own positions, else all alike.
+        by_position = scoring.depends_on_place(capacity)
+        q = _native.append(q, cache, new, lengths, rotate_by_position=by_position)
         # Nobody has read the lengths on a GPU: the sum stays at the largest int32.
-        lengths = lengths.clamp(max=_INT32_MAX - k.shape[1]) + k.shape[1]
-    packing = replace(packing, seqused_k=lengths, leftpad_k=cache_leftpad)
-    scoring = Scoring(
-        softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes
-    )
+        s_new = new.k.shape[1]
+        lengths = lengths.clamp(max=_INT32_MAX - s_new) + s_new
     out, softmax_lse, _, _ = _native.forward(
-        q,
-        k_cache,
-        v_cache,
+        Inputs(q, cache.k, cache.v),
         scoring,
-        packing,
+        cache.packing(lengths),
         deterministic=is_deterministic(),
         num_splits=num_splits,
     )
@@ -341,11 +259,11 @@ def _attend_cache(
     num_splits: int,
 ) -> tuple[Tensor, Tensor]:
     """Reads the caches only, so they may be shared, saved for a backward pass, or overlap."""
-    return _cache_attention(
-        *(q, k_cache, v_cache, None, None, None, None),
-        *(cache_seqlens, cache_batch_idx, cache_leftpad, block_table, softmax_scale, causal),
-        *(window_size_left, window_size_right, softcap, False, alibi_slopes, num_splits),
+    cache = Cache(k_cache, v_cache, cache_seqlens, cache_batch_idx, cache_leftpad, block_table)
+    scoring = Scoring(
+        softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes
     )
+    return _cache_attention(q, cache, NOTHING_NEW, scoring, num_splits)
 
 
 @torch.library.custom_op(
@@ -373,16 +291,15 @@ def _append_and_attend_cache(
     num_splits: int,
 ) -> tuple[Tensor, Tensor]:
     """Writes k and v into the caches first; the rules say what must come with what."""
-    return _cache_attention(
-        *(q, k_cache, v_cache, k, v, rotary_cos, rotary_sin),
-        *(cache_seqlens, cache_batch_idx, cache_leftpad, block_table, softmax_scale, causal),
-        *(window_size_left, window_size_right, softcap, rotary_interleaved, alibi_slopes),
-        num_splits,
+    cache = Cache(k_cache, v_cache, cache_seqlens, cache_batch_idx, cache_leftpad, block_table)
+    new = Append(k, v, rotary_cos, rotary_sin, rotary_interleaved)
+    scoring = Scoring(
+        softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes
     )
+    return _cache_attention(q, cache, new, scoring, num_splits)
 
 
-@_append_and_attend_cache.register_fake
-@_attend_cache.register_fake
-def _(q: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, Tensor]:
-    lse = q.new_empty(_native.lse_shape(q, _native.DENSE), dtype=torch.float32)
+@fake_of(_attend_cache, _append_and_attend_cache)
+def _(*, q: Tensor, **_others: Any) -> tuple[Tensor, Tensor]:
+    lse = q.new_empty(_native.lse_shape(q, DENSE), dtype=torch.float32)
     return q.new_empty(q.shape), lse

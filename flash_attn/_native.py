@@ -13,6 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flash_attn._arguments import (
+    DENSE,
+    Append,
+    Cache,
+    Inputs,
+    Outputs,
+    Packing,
+    Scoring,
+)
+
 _LIBRARY_FILE = Path(__file__).with_name("_C.abi3.so")
 if not _LIBRARY_FILE.exists():
     raise ImportError(
@@ -21,6 +31,14 @@ if not _LIBRARY_FILE.exists():
     )
 torch.ops.load_library(_LIBRARY_FILE)
 _library = torch.ops.flash_attn_native
+_forward = _library.forward.default
+_backward = _library.backward.default
+_append = _library.append.default
+_plan = _library.plan.default
+_check_device = _library.check_device.default
+_cuda_archs = _library.cuda_archs.default
+_segment_begin = _library.segment_begin.default
+_cpu_isa = _library.cpu_isa.default
 
 # In rng_state's offset: the forward pass ran in deterministic mode. Offsets stay below it.
 DETERMINISTIC_BIT = 1 << 62
@@ -46,72 +64,14 @@ def contiguous_columns(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-@dataclass(frozen=True)
-class Packing:
-    """Where the sequences of a batch lie; all fields absent: a dense batch. int32 tensors."""
-
-    cu_seqlens_q: Tensor | None = None  # (b + 1,)
-    cu_seqlens_k: Tensor | None = None  # (b + 1,)
-    max_seqlen_q: int | None = None
-    max_seqlen_k: int | None = None
-    seqused_k: Tensor | None = None  # (b,) keys in use, left padding included
-    leftpad_k: Tensor | None = None  # (b,)
-    cache_batch_idx: Tensor | None = None  # (b,)
-    block_table: Tensor | None = None  # (b, max_pages)
-
-    def lengths(self, q: Tensor, k: Tensor) -> tuple[int, int]:
-        """Largest (s_q, s_k) of the batch: given, or read off dense tensors."""
-        s_q = q.shape[1] if self.max_seqlen_q is None else self.max_seqlen_q
-        if self.max_seqlen_k is not None:
-            return s_q, self.max_seqlen_k
-        if self.block_table is not None:
-            return s_q, self.block_table.shape[1] * k.shape[1]
-        return s_q, k.shape[1]
-
-    def bounds(self, q: Tensor, k: Tensor) -> tuple[int, int]:
-        """``lengths`` for ``plan``: no sequence is longer than what holds its tokens.
-
-        The ops that get the tensors take ``lengths`` and bound them in the same way.
-        """
-        s_q, s_k = self.lengths(q, k)
-        if self.cu_seqlens_q is None:
-            return s_q, s_k
-        table = self.block_table
-        keys = k.shape[0] if table is None else table.shape[1] * k.shape[1]
-        return min(s_q, q.shape[0]), min(s_k, keys)
-
-    def contiguous(self) -> Packing:
-        """Index tensors as the kernels read them: one entry after another."""
-
-        def dense(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.contiguous()
-
-        return Packing(
-            dense(self.cu_seqlens_q),
-            dense(self.cu_seqlens_k),
-            self.max_seqlen_q,
-            self.max_seqlen_k,
-            dense(self.seqused_k),
-            dense(self.leftpad_k),
-            dense(self.cache_batch_idx),
-            None if self.block_table is None else contiguous_columns(self.block_table),
-        )
+def _entries(index: Tensor | None) -> Tensor | None:
+    """An index tensor as the kernels read it: one entry after another."""
+    return None if index is None else index.contiguous()
 
 
-@dataclass(frozen=True)
-class Scoring:
-    """What a score is made of; the same for every row of a call."""
-
-    softmax_scale: float
-    causal: bool = False
-    window_left: int = -1
-    window_right: int = -1
-    softcap: float = 0.0
-    alibi_slopes: Tensor | None = None  # (h_q,) or (b, h_q), fp32
-    dropout_p: float = 0.0
-
-
-DENSE = Packing()
+def _rows(table: Tensor | None) -> Tensor | None:
+    """A block table as the kernels read it: the entries of a row one after another."""
+    return None if table is None else contiguous_columns(table)
 
 
 def lse_shape(q: Tensor, packing: Packing) -> tuple[int, ...]:
@@ -124,15 +84,14 @@ def lse_shape(q: Tensor, packing: Packing) -> tuple[int, ...]:
 def s_dmask_shape(q: Tensor, k: Tensor, packing: Packing) -> tuple[int, int, int, int]:
     """(b, h_q, s_q, s_k) with both lengths rounded up to 128."""
     s_q, s_k = packing.lengths(q, k)
-    b = q.shape[0] if packing.cu_seqlens_q is None else packing.cu_seqlens_q.shape[0] - 1
-    return (b, q.shape[-2], round_up(s_q, ROW_PADDING), round_up(s_k, ROW_PADDING))
+    return (packing.batch(q), q.shape[-2], round_up(s_q, ROW_PADDING), round_up(s_k, ROW_PADDING))
 
 
 def softmax_d_shape(q: Tensor, packing: Packing) -> tuple[int, ...]:
     """(b, h_q, s_q rounded up to 128), or (h_q, t + 128 b) of a packed batch."""
     if packing.cu_seqlens_q is None:
         return (q.shape[0], q.shape[2], round_up(q.shape[1], ROW_PADDING))
-    return (q.shape[1], q.shape[0] + ROW_PADDING * (packing.cu_seqlens_q.shape[0] - 1))
+    return (q.shape[1], q.shape[0] + ROW_PADDING * packing.batch(q))
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -141,9 +100,7 @@ def draw_seed(device: torch.device) -> Tensor:
 
 
 def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    inputs: Inputs,
     scoring: Scoring,
     packing: Packing = DENSE,
     *,
@@ -157,17 +114,20 @@ def forward(
     ``seed`` is what ``draw_seed`` drew, None without dropout. rng_state, int64 (2,), is what the
     backward pass needs to know: seed and offset, and in the latter's bit 62 the mode.
     """
-    q, k, v = contiguous_columns(q), contiguous_columns(k), contiguous_columns(v)
+    q = inputs.q
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(lse_shape(q, packing), dtype=torch.float32, device=q.device)
     s_dmask = torch.zeros(
-        s_dmask_shape(q, k, packing) if return_softmax else (0,), dtype=q.dtype, device=q.device
+        s_dmask_shape(q, inputs.k, packing) if return_softmax else (0,),
+        dtype=q.dtype,
+        device=q.device,
     )
     rng_state = torch.empty(2, dtype=torch.int64, device=q.device)
     _call_forward(
-        (q, k, v, out, lse, s_dmask if return_softmax else None, None, None, None),
+        inputs,
         scoring,
         packing,
+        (out, lse, s_dmask if return_softmax else None, None, None, None),
         (seed, rng_state),
         num_splits,
         deterministic,
@@ -186,9 +146,7 @@ def _define_uncovered_rows(out: Tensor, lse: Tensor, cu_seqlens_q: Tensor) -> No
 
 
 def forward_partials(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    inputs: Inputs,
     scoring: Scoring,
     packing: Packing,
     *,
@@ -196,9 +154,9 @@ def forward_partials(
     num_splits: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A partial per segment and row (as lse): out (n, *lse, d), max_log2 and sum (n, *lse)."""
-    q, k, v = contiguous_columns(q), contiguous_columns(k), contiguous_columns(v)
+    q = inputs.q
     schedule: dict[str, Any] = {"deterministic": deterministic, "num_splits": num_splits}
-    n = plan(q, k, packing, device=q.device, **schedule).num_segments
+    n = plan(q, inputs.k, packing, device=q.device, **schedule).num_segments
     rows = lse_shape(q, packing)
     # A kernel may leave out segments of which a row sees nothing.
     out = torch.zeros((n, *rows, q.shape[-1]), dtype=torch.float32, device=q.device)
@@ -206,9 +164,10 @@ def forward_partials(
     total = torch.zeros_like(max_log2)
     unused_out, lse = q, torch.empty(rows, dtype=torch.float32, device=q.device)
     _call_forward(
-        (q, k, v, unused_out, lse, None, out, max_log2, total),
+        inputs,
         scoring,
         packing,
+        (unused_out, lse, None, out, max_log2, total),
         (None, None),
         num_splits,
         deterministic,
@@ -217,25 +176,26 @@ def forward_partials(
 
 
 def _call_forward(
-    tensors: tuple[Tensor | None, ...],
+    inputs: Inputs,
     scoring: Scoring,
     packing: Packing,
+    results: tuple[Tensor | None, ...],  # out, lse, S_dmask; partials: out, max_log2, sum
     randomness: tuple[Tensor | None, Tensor | None],  # seed, and rng_state to be written
     num_splits: int,
     deterministic: bool,
 ) -> None:
-    q, k = tensors[0], tensors[1]
-    assert q is not None and k is not None
-    s_q, s_k = packing.lengths(q, k)
-    packing = packing.contiguous()
-    _library.forward(
-        *tensors,
-        packing.cu_seqlens_q,
-        packing.cu_seqlens_k,
-        packing.seqused_k,
-        packing.leftpad_k,
-        packing.cache_batch_idx,
-        packing.block_table,
+    s_q, s_k = packing.lengths(inputs.q, inputs.k)
+    _forward(
+        contiguous_columns(inputs.q),
+        contiguous_columns(inputs.k),
+        contiguous_columns(inputs.v),
+        *results,
+        _entries(packing.cu_seqlens_q),
+        _entries(packing.cu_seqlens_k),
+        _entries(packing.seqused_k),
+        _entries(packing.leftpad_k),
+        _entries(packing.cache_batch_idx),
+        _rows(packing.block_table),
         scoring.alibi_slopes,
         *randomness,
         s_q,
@@ -252,37 +212,33 @@ def _call_forward(
 
 
 def backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    softmax_lse: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
+    inputs: Inputs,
+    outputs: Outputs,
+    gradients: tuple[Tensor, Tensor, Tensor],
     scoring: Scoring,
-    packing: Packing,
-    rng_state: Tensor | None,
+    packing: Packing = DENSE,
 ) -> Tensor:
     """Writes dq, dk, dv and returns softmax_d, the row sums of dout * out (fp32).
 
     One order of arithmetic serves both modes: it costs nothing here, so standard mode keeps it.
     """
-    inputs = [contiguous_columns(x) for x in (dout, q, k, v, out)]
-    gradients = [contiguous_columns(x) for x in (dq, dk, dv)]
+    q = inputs.q
+    written = [contiguous_columns(x) for x in gradients]
     softmax_d = torch.zeros(softmax_d_shape(q, packing), dtype=torch.float32, device=q.device)
-    s_q, s_k = packing.lengths(q, k)
-    packing = packing.contiguous()
-    _library.backward(
-        *inputs,
-        softmax_lse.contiguous(),
-        *gradients,
+    s_q, s_k = packing.lengths(q, inputs.k)
+    _backward(
+        contiguous_columns(outputs.dout),
+        contiguous_columns(q),
+        contiguous_columns(inputs.k),
+        contiguous_columns(inputs.v),
+        contiguous_columns(outputs.out),
+        outputs.softmax_lse.contiguous(),
+        *written,
         softmax_d,
-        packing.cu_seqlens_q,
-        packing.cu_seqlens_k,
+        _entries(packing.cu_seqlens_q),
+        _entries(packing.cu_seqlens_k),
         scoring.alibi_slopes,
-        rng_state,
+        outputs.rng_state,
         s_q,
         s_k,
         scoring.softmax_scale,
@@ -292,43 +248,37 @@ def backward(
         scoring.softcap,
         scoring.dropout_p,
     )
-    for asked, written in zip((dq, dk, dv), gradients, strict=True):
-        if asked is not written:
-            asked.copy_(written)
+    for asked, buffer in zip(gradients, written, strict=True):
+        if asked is not buffer:
+            asked.copy_(buffer)
     return softmax_d
 
 
 def append(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cache_seqlens: Tensor,
-    packing: Packing,
-    rotary_cos: Tensor | None,
-    rotary_sin: Tensor | None,
-    *,
-    interleaved: bool,
-    rotate_by_position: bool,
+    q: Tensor, cache: Cache, new: Append, lengths: Tensor, *, rotate_by_position: bool
 ) -> Tensor:
-    """Writes new keys (rotated) and values into the cache; returns q, rotated if cos is given."""
-    q, k, v = contiguous_columns(q), contiguous_columns(k), contiguous_columns(v)
-    rotated = None if rotary_cos is None else torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    packing = packing.contiguous()
-    _library.append(
+    """Writes new keys (rotated) and values behind ``lengths`` (b,) keys of each sequence.
+
+    Returns q, rotated if ``new`` has a table: row i to its own position, or all to ``lengths``.
+    """
+    assert new.k is not None and new.v is not None
+    q = contiguous_columns(q)
+    rotated = None
+    if new.rotary_cos is not None:
+        rotated = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    _append(
         q,
         rotated,
-        k,
-        v,
-        k_cache,
-        v_cache,
-        cache_seqlens.contiguous(),
-        packing.cache_batch_idx,
-        packing.block_table,
-        rotary_cos,
-        rotary_sin,
-        interleaved,
+        contiguous_columns(new.k),
+        contiguous_columns(new.v),
+        cache.k,
+        cache.v,
+        lengths.contiguous(),
+        _entries(cache.batch_idx),
+        _rows(cache.block_table),
+        new.rotary_cos,
+        new.rotary_sin,
+        new.interleaved,
         rotate_by_position,
     )
     return q if rotated is None else rotated
@@ -358,16 +308,14 @@ def plan(
 ) -> Plan:
     """The schedule that ``forward`` would choose on ``device`` for tensors of these shapes."""
     s_q, s_k = packing.bounds(q, k)
-    b = q.shape[0] if packing.cu_seqlens_q is None else packing.cu_seqlens_q.shape[0] - 1
     fields = torch.zeros(7, dtype=torch.int64, device="cpu")
-    packing = packing.contiguous()
-    _library.plan(
+    _plan(
         fields,
-        packing.cu_seqlens_q,
-        packing.cu_seqlens_k,
-        packing.seqused_k,
-        packing.leftpad_k,
-        b,
+        _entries(packing.cu_seqlens_q),
+        _entries(packing.cu_seqlens_k),
+        _entries(packing.seqused_k),
+        _entries(packing.leftpad_k),
+        packing.batch(q),
         s_q,
         s_k,
         q.shape[-2],
@@ -390,19 +338,19 @@ def num_multiprocessors(device: torch.device) -> int:
 
 def check_device(index: int) -> None:
     """Raises what the kernels of a GPU have noted as wrong, and forgets it; does not wait."""
-    _library.check_device(index)
+    _check_device(index)
 
 
 def cuda_archs() -> list[str]:
     """The NVIDIA architectures that this library holds kernels for, as "80"."""
-    return [arch for arch in str(_library.cuda_archs()).split(";") if arch]
+    return [arch for arch in str(_cuda_archs()).split(";") if arch]
 
 
 def segment_begin(segment: int, device: torch.device) -> int:
     """First key of a segment, on the ladder of the family that runs on ``device``."""
-    return int(_library.segment_begin(segment, device.type == "cuda"))
+    return int(_segment_begin(segment, device.type == "cuda"))
 
 
 def cpu_isa() -> str:
     """The instruction set that the CPU kernels run on here: avx512, avx2 or generic."""
-    return str(_library.cpu_isa())
+    return str(_cpu_isa())

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from flash_attn import _checks, _native
+from flash_attn._arguments import DENSE, Inputs, Packing
 from flash_attn._mode import (
     ENVIRONMENT_VARIABLE,
     deterministic,
     is_deterministic,
     set_deterministic,
 )
-from flash_attn._native import Packing, Scoring
 
 if TYPE_CHECKING:
     from flash_attn.verification import Report
@@ -91,38 +91,29 @@ def forward_partials(
         seqused_k=seqused_k,
         leftpad_k=leftpad_k,
     )
-    left, right = _checks.check_window(window_size)
-    scale = _checks.check_optional_number("softmax_scale", softmax_scale)
-    scale = _native.softmax_scale_of(q, scale)
-    causal = _checks.check_flag("causal", causal)
-    softcap = _checks.check_number("softcap", softcap)
+    scoring = _checks.settle_scoring(q, softmax_scale, causal, window_size, softcap, alibi_slopes)
     num_splits = _checks.check_length("num_splits", num_splits)
     _checks.check_num_splits(num_splits)
-    packing = _native.DENSE
+    inputs, packing = Inputs(q, k, v), DENSE
     if cu_seqlens_q is None and cu_seqlens_k is None:
         _checks.check_packed_only(block_table=block_table, seqused_k=seqused_k, leftpad_k=leftpad_k)
-        _checks.check_dense(
-            *(q, k, v, 0.0, scale, softcap, alibi_slopes),
-            low_level_head_dim=False,
-            return_softmax=False,
-        )
+        _checks.check_dense(inputs, scoring, low_level_head_dim=False, return_softmax=False)
     else:
-        s_q = _checks.check_length("max_seqlen_q", max_seqlen_q)
-        s_k = _checks.check_length("max_seqlen_k", max_seqlen_k)
-        _checks.check_varlen(
-            *(q, k, v, cu_seqlens_q, cu_seqlens_k, s_q, s_k, 0.0, scale, softcap, alibi_slopes),
-            *(block_table, leftpad_k, seqused_k),
-            low_level_head_dim=False,
-            return_softmax=False,
-        )
         packing = Packing(
-            cu_seqlens_q, cu_seqlens_k, s_q, s_k, seqused_k, leftpad_k, block_table=block_table
+            cu_seqlens_q,
+            cu_seqlens_k,
+            _checks.check_length("max_seqlen_q", max_seqlen_q),
+            _checks.check_length("max_seqlen_k", max_seqlen_k),
+            seqused_k,
+            leftpad_k,
+            block_table=block_table,
+        )
+        _checks.check_varlen(
+            inputs, packing, scoring, low_level_head_dim=False, return_softmax=False
         )
     out, max_log2, total = _native.forward_partials(
-        q,
-        k,
-        v,
-        Scoring(scale, causal, left, right, softcap, alibi_slopes),
+        inputs,
+        scoring,
         packing,
         deterministic=is_deterministic(),
         num_splits=num_splits,
@@ -268,9 +259,7 @@ def explain(
         mode = is_deterministic()
     else:
         mode = _checks.check_flag("deterministic", deterministic)
-    plan = _native.plan(
-        q, k, _native.DENSE, device=device, deterministic=mode, num_splits=num_splits
-    )
+    plan = _native.plan(q, k, DENSE, device=device, deterministic=mode, num_splits=num_splits)
     extent = plan.split_extent
     boundaries = [
         segment * extent if extent else _native.segment_begin(segment, device)

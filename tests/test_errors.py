@@ -5,6 +5,7 @@ are compared before and after: a refusal comes before anything is written. Contr
 very edge of a rule; they must be accepted, or the rule is too strict.
 """
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from flash_attn import (
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
 )
+from flash_attn._arguments import Inputs, Scoring
 from flash_attn.flash_attn_interface import _flash_attn_forward
 from flash_attn.testing import assert_bitwise_equal
 
@@ -74,6 +76,12 @@ def assert_refused(case: Case) -> None:
             continue
         if value.device.type != "meta":
             assert_bitwise_equal(arguments[name], value, name)
+
+
+def filled(kind: type, arguments: dict[str, Any]) -> Any:
+    """An object of ``_arguments``, of those arguments that have the name of a field."""
+    names = {field.name for field in dataclasses.fields(kind)}
+    return kind(**{name: x for name, x in arguments.items() if name in names})
 
 
 def half(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
@@ -274,6 +282,11 @@ def check_without_gpu(**arguments: Any) -> None:
     _check_rules._gpu.cache_clear()
 
 
+def ask_dense(low_level_head_dim: bool, return_softmax: bool, **given: Any) -> None:
+    options = {"low_level_head_dim": low_level_head_dim, "return_softmax": return_softmax}
+    _checks.check_dense(filled(Inputs, given), filled(Scoring, given), **options)
+
+
 META_KV = KV.to("meta")
 DENSE_OPTIONS = {
     "dropout_p": 0.0,
@@ -283,7 +296,7 @@ DENSE_OPTIONS = {
     "low_level_head_dim": False,
     "return_softmax": False,
 }
-check_dense = Function("check_dense", _checks.check_dense, dense.arguments | DENSE_OPTIONS)
+check_dense = Function("check_dense", ask_dense, dense.arguments | DENSE_OPTIONS)
 check_device = Function("device", check_without_gpu, {"wanted": torch.device("cpu")})
 gpu = Function("gpu", check_gpu, {"capability": (9, 0), "archs": ["80", "90"]})
 capture = Function("capture", check_in_capture, {"capturing": False})

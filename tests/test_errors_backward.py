@@ -1,5 +1,7 @@
 """Bad input to the backward ops and to the reduction of partials. Tools in test_errors.py."""
 
+from typing import Any
+
 import pytest
 import torch
 from device import DEVICE, page_size
@@ -19,6 +21,7 @@ from test_errors import (
     assert_refused,
     both,
     by_id,
+    filled,
     half,
     ints,
     ones,
@@ -31,6 +34,7 @@ from flash_attn import (
     flash_attn_varlen_func,
     flash_attn_with_kvcache,
 )
+from flash_attn._arguments import Gradients, Inputs, Outputs, Scoring
 from flash_attn.flash_attn_interface import _flash_attn_backward, _flash_attn_varlen_backward
 from flash_attn.layers.rotary import apply_rotary_emb
 
@@ -184,9 +188,16 @@ CHECK_OPTIONS = {
     "alibi_slopes": None,
     "rng_state": zeros(2).long(),
 }
+
+
+def ask_backward(**given: Any) -> None:
+    kinds = (Inputs, Outputs, Gradients, Scoring)
+    _checks.check_backward(*(filled(kind, given) for kind in kinds))
+
+
 check_dense = Function(
     "check_backward",
-    _checks.check_backward,
+    ask_backward,
     saved(Q, KV, zeros(2, 4, 5)) | CHECK_OPTIONS,
 )
 DEVICES = [

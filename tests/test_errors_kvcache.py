@@ -21,6 +21,7 @@ from test_errors import (
     Function,
     assert_refused,
     by_id,
+    filled,
     half,
     ints,
     ones,
@@ -28,6 +29,7 @@ from test_errors import (
 from test_errors_varlen import index_cases
 
 from flash_attn import _checks, determinism, flash_attn_with_kvcache
+from flash_attn._arguments import Append, Cache, Scoring
 from flash_attn.testing import assert_bitwise_equal
 
 pytestmark = pytest.mark.usefixtures("contents_are_checked")
@@ -254,9 +256,21 @@ OPTIONS = {
     "alibi_slopes": ones(4),
     "num_splits": 0,
 }
-check_kvcache = Function(
-    "check_kvcache", _checks.check_kvcache, OPTIONS | ARGUMENTS | APPEND | ROTARY
-)
+
+
+def ask_kvcache(q: torch.Tensor, num_splits: int, **given: Any) -> None:
+    cache = Cache(
+        given["k_cache"],
+        given["v_cache"],
+        given["cache_seqlens"],
+        given["cache_batch_idx"],
+        given["cache_leftpad"],
+        given["block_table"],
+    )
+    _checks.check_kvcache(q, cache, filled(Append, given), filled(Scoring, given), num_splits)
+
+
+check_kvcache = Function("check_kvcache", ask_kvcache, OPTIONS | ARGUMENTS | APPEND | ROTARY)
 DEVICES = [
     Case(check_kvcache, name, {name: x.to("meta")}, f"{name} is not on the device of q", "on meta")
     for name, x in check_kvcache.arguments.items()

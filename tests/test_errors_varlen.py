@@ -23,6 +23,7 @@ from test_errors import (
     assert_refused,
     both,
     by_id,
+    filled,
     half,
     ints,
     ones,
@@ -32,6 +33,7 @@ from test_errors import (
 )
 
 from flash_attn import _checks, flash_attn_varlen_func
+from flash_attn._arguments import Inputs, Packing, Scoring
 from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 from flash_attn.testing import assert_bitwise_equal
 
@@ -216,10 +218,16 @@ OPTIONS = {
     "low_level_head_dim": False,
     "return_softmax": False,
 }
-check_varlen = Function("check_varlen", _checks.check_varlen, OPTIONS | varlen.arguments)
-check_paged = Function(
-    "check_paged", _checks.check_varlen, OPTIONS | {"leftpad_k": None} | paged.arguments
-)
+
+
+def ask_varlen(low_level_head_dim: bool, return_softmax: bool, **given: Any) -> None:
+    options = {"low_level_head_dim": low_level_head_dim, "return_softmax": return_softmax}
+    objects = (filled(kind, given) for kind in (Inputs, Packing, Scoring))
+    _checks.check_varlen(*objects, **options)
+
+
+check_varlen = Function("check_varlen", ask_varlen, OPTIONS | varlen.arguments)
+check_paged = Function("check_paged", ask_varlen, OPTIONS | {"leftpad_k": None} | paged.arguments)
 
 
 def elsewhere(function: Function, name: str, tensor: Any) -> Case:

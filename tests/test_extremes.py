@@ -17,6 +17,7 @@ from flash_attn import (
     flash_attn_varlen_func,
     flash_attn_with_kvcache,
 )
+from flash_attn._arguments import Packing
 from flash_attn.flash_attn_interface import (
     _flash_attn_backward,
     _flash_attn_forward,
@@ -191,10 +192,10 @@ def test_a_loose_maximum_of_pages_and_of_used_keys():
 @pytest.mark.parametrize("maximum", [2**31, 2**63 - 1])
 def test_a_plan_gets_the_tokens_of_a_pack_as_the_longest_length(maximum):
     """A grid that is sized by a loose maximum would count beyond 32 bits."""
-    packing = _native.Packing(*PACK.values(), maximum, maximum)
+    packing = Packing(*PACK.values(), maximum, maximum)
     q, k, _ = pack()
     assert packing.bounds(q, k) == (q.shape[0], k.shape[0])
-    pages = _native.Packing(*PACK.values(), maximum, maximum, block_table=int32(0, 1)[:, None])
+    pages = Packing(*PACK.values(), maximum, maximum, block_table=int32(0, 1)[:, None])
     assert pages.bounds(q, normal(2, 16, H, D)) == (q.shape[0], 16)
 
 
@@ -210,9 +211,9 @@ def test_lengths_that_nobody_read_saturate(monkeypatch):
     monkeypatch.setattr("flash_attn._fast_path.attend_cache", lambda *arguments: None)
     seen = []
 
-    def forward(q, k, v, scoring, packing, **schedule):
+    def forward(inputs, scoring, packing, **schedule):
         seen.append(packing.seqused_k)
-        return torch.empty_like(q), torch.empty(2, H, 1), None, None
+        return torch.empty_like(inputs.q), torch.empty(2, H, 1), None, None
 
     monkeypatch.setattr("flash_attn._check_contents.reads_contents", lambda of: False)
     monkeypatch.setattr(_native, "forward", forward)

@@ -15,6 +15,7 @@ from flash_attn import (
     flash_attn_with_kvcache,
     reference,
 )
+from flash_attn._arguments import DENSE, Inputs, Packing, Scoring
 from flash_attn.testing import assert_bitwise_equal, poison_free_memory
 
 pytestmark = pytest.mark.gpu
@@ -149,16 +150,17 @@ def test_a_pack_with_a_gap_behind_it():
     assert not out[begin:].any() and torch.isposinf(lse[:, begin:]).all()
 
 
-def assert_defined_as_on_the_cpu(q, k, packing=_native.DENSE, **options):
+def assert_defined_as_on_the_cpu(q, k, packing=DENSE, **options):
     """All that a forward pass hands out, NaN in the memory that it gets."""
-    scoring, seed = _native.Scoring(0.125, dropout_p=0.3), torch.tensor([1234, 5678])
+    scoring, seed = Scoring(0.125, dropout_p=0.3), torch.tensor([1234, 5678])
     options |= {"return_softmax": True}
-    on_cpu = dataclasses.replace(
-        packing, **{n: x.cpu() for n, x in vars(packing).items() if torch.is_tensor(x)}
-    )
-    expected = _native.forward(*(x.cpu() for x in (q, k, k)), scoring, on_cpu, seed=seed, **options)
+    fields = {field.name: getattr(packing, field.name) for field in dataclasses.fields(packing)}
+    on_cpu = Packing(**{n: x.cpu() if torch.is_tensor(x) else x for n, x in fields.items()})
+    inputs = Inputs(*(x.cpu() for x in (q, k, k)))
+    expected = _native.forward(inputs, scoring, on_cpu, seed=seed, **options)
     poison_free_memory("cuda")
-    results = _native.forward(q, k, k, scoring, packing, seed=seed.cuda(), **options)
+    inputs = Inputs(q, k, k)
+    results = _native.forward(inputs, scoring, packing, seed=seed.cuda(), **options)
     for name, ours, theirs in zip(
         ("out", "lse", "S_dmask", "rng_state"), results, expected, strict=True
     ):
@@ -173,7 +175,7 @@ def assert_defined_as_on_the_cpu(q, k, packing=_native.DENSE, **options):
 )
 def test_a_pack_without_queries(ends, tokens, longest, deterministic):
     """Every token that there is lies behind the last sequence."""
-    packing = _native.Packing(lengths(0, *ends), lengths(0, *ends), longest, 7)
+    packing = Packing(lengths(0, *ends), lengths(0, *ends), longest, 7)
     q, k = normal(tokens, 4, 64), normal(7, 2, 64)
     assert_defined_as_on_the_cpu(q, k, packing, deterministic=deterministic)
 
@@ -201,7 +203,7 @@ def test_a_fold_of_many_sequences():
     q, k, v = normal(MANY, 1, 2, 16), normal(8, 1100, 1, 16), normal(8, 1100, 1, 16)
     rows = torch.randint(8, (MANY,), device="cuda", dtype=torch.int32)
     schedule = {"device": q.device, "deterministic": True, "num_splits": 2}
-    assert _native.plan(q, k, _native.DENSE, **schedule).pieces == 2
+    assert _native.plan(q, k, DENSE, **schedule).pieces == 2
 
     def decode(part):
         options = {"cache_batch_idx": rows[part], "num_splits": 2, "return_softmax_lse": True}
@@ -297,12 +299,12 @@ def test_partials_fold_to_the_same_bytes(d):
 
 def test_dropout_keeps_what_the_cpu_keeps():
     q, k, v = (x.half() for x in dense(64, b=2, s=300))
-    scoring = _native.Scoring(0.125, causal=True, dropout_p=0.3)
+    scoring = Scoring(0.125, causal=True, dropout_p=0.3)
     seed = torch.tensor([1234, 5678])
-    on_cpu, *_, state = _native.forward(
-        *(x.cpu() for x in (q, k, v)), scoring, deterministic=True, seed=seed
-    )
-    out, *_, rng_state = _native.forward(q, k, v, scoring, deterministic=True, seed=seed.cuda())
+    inputs = Inputs(*(x.cpu() for x in (q, k, v)))
+    on_cpu, *_, state = _native.forward(inputs, scoring, deterministic=True, seed=seed)
+    inputs = Inputs(q, k, v)
+    out, *_, rng_state = _native.forward(inputs, scoring, deterministic=True, seed=seed.cuda())
     assert torch.equal(rng_state.cpu(), state)
     torch.testing.assert_close(out.cpu(), on_cpu, atol=3e-3, rtol=3e-3)
 
