@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
-from flash_attn import _check_rules, _native
+from flash_attn import _check_rules, _native, _ops
 from flash_attn._mode import is_deterministic
 
 _library = torch.ops.flash_attn_native
@@ -124,7 +124,7 @@ def _backward_the_long_way(
     scale = _native.softmax_scale_of(q, softmax_scale)
     mode = _native.DETERMINISTIC_BIT if ctx.mode else 0
     rng_state = torch.tensor([0, mode], dtype=torch.int64, device=q.device)
-    gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.flash_attn._attend_backward(
+    gradients: tuple[Tensor, Tensor, Tensor] = _ops.attend_backward(
         *(dout, *tensors, max_seqlen_q, max_seqlen_k, 0.0, scale, *rest),
         *(alibi_slopes, ctx.mode, rng_state),
     )

@@ -25,7 +25,17 @@ __all__ = [
     "_flash_attn_forward",
     "_flash_attn_varlen_backward",
     "_flash_attn_varlen_forward",
+    "append_and_attend_cache",
+    "attend",
+    "attend_backward",
+    "attend_cache",
 ]
+
+# What the public functions and their gradients call: resolved once, not by name at each call.
+attend = torch.ops.flash_attn._attend.default
+attend_backward = torch.ops.flash_attn._attend_backward.default
+attend_cache = torch.ops.flash_attn._attend_cache.default
+append_and_attend_cache = torch.ops.flash_attn._append_and_attend_cache.default
 
 # Options that a forward op and its backward share.
 _OPTIONS = [
@@ -65,7 +75,7 @@ def _backward(ctx: Any, dout: Tensor, *_ignored: Any) -> tuple[Tensor | None, ..
     if ctx.no_gradient is not None:
         _checks.refuse_gradient(ctx.no_gradient)
     q, k, v, out, lse, rng_state, alibi_slopes, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
-    gradients = torch.ops.flash_attn._attend_backward(
+    gradients = attend_backward(
         *(dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *ctx.lengths, *ctx.options),
         *(alibi_slopes, ctx.deterministic, rng_state),
     )
