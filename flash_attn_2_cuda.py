@@ -9,8 +9,7 @@ the tensors are on.
 import torch
 from torch import Tensor
 
-import flash_attn.flash_attn_interface as _interface
-from flash_attn import _check_rules
+from flash_attn import _calls, _check_rules, _ops
 from flash_attn._autograd import without_gradients
 from flash_attn._checks import (
     check_flag,
@@ -80,7 +79,7 @@ def fwd(
     score = _score(
         p_dropout, softmax_scale, is_causal, window_size_left, window_size_right, softcap
     )
-    result, softmax_lse, s_dmask, rng_state = _interface._flash_attn_forward(
+    result, softmax_lse, s_dmask, rng_state = _ops._flash_attn_forward(
         q,
         k,
         v,
@@ -130,7 +129,7 @@ def varlen_fwd(
     score = _score(
         p_dropout, softmax_scale, is_causal, window_size_left, window_size_right, softcap
     )
-    result, softmax_lse, s_dmask, rng_state = _interface._flash_attn_varlen_forward(
+    result, softmax_lse, s_dmask, rng_state = _ops._flash_attn_varlen_forward(
         q,
         k,
         v,
@@ -181,7 +180,7 @@ def bwd(
     dq = torch.empty_like(q) if dq is None else dq
     dk = torch.empty_like(k) if dk is None else dk
     dv = torch.empty_like(v) if dv is None else dv
-    softmax_d = _interface._flash_attn_backward(
+    softmax_d = _ops._flash_attn_backward(
         dout,
         q,
         k,
@@ -238,7 +237,7 @@ def varlen_bwd(
     dq = torch.zeros_like(q) if dq is None else dq
     dk = torch.zeros_like(k) if dk is None else dk
     dv = torch.zeros_like(v) if dv is None else dv
-    softmax_d = _interface._flash_attn_varlen_backward(
+    softmax_d = _ops._flash_attn_varlen_backward(
         dout,
         q,
         k,
@@ -288,25 +287,24 @@ def fwd_kvcache(
     check_tensors(q=q)
     check_options(q, out=out)
     _check_out(out, q)
-    result, softmax_lse = _interface.flash_attn_with_kvcache(
+    result, softmax_lse = _calls.attend_cache(
         q,
         kcache,
         vcache,
-        k=k,
-        v=v,
-        rotary_cos=rotary_cos,
-        rotary_sin=rotary_sin,
-        cache_seqlens=seqlens_k,
-        cache_batch_idx=cache_batch_idx,
-        cache_leftpad=leftpad_k,
-        block_table=block_table,
-        softmax_scale=softmax_scale,
-        causal=is_causal,
-        window_size=(window_size_left, window_size_right),
-        softcap=softcap,
-        rotary_interleaved=is_rotary_interleaved,
-        alibi_slopes=alibi_slopes,
-        num_splits=num_splits,
-        return_softmax_lse=True,
+        k,
+        v,
+        rotary_cos,
+        rotary_sin,
+        seqlens_k,
+        cache_batch_idx,
+        leftpad_k,
+        block_table,
+        softmax_scale,
+        is_causal,
+        (window_size_left, window_size_right),
+        softcap,
+        is_rotary_interleaved,
+        alibi_slopes,
+        num_splits,
     )
     return [_filled(out, result), softmax_lse]

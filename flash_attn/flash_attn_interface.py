@@ -1,4 +1,4 @@
-"""The public functions, by upstream's names and parameters; the work is done in ``_ops``.
+"""The public functions, by upstream's names and parameters; the work is done in ``_calls``.
 
 Letters: b batch, s_q queries, s_k keys, h_q query heads, h_kv key heads (h_q % h_kv == 0; query
 head h reads key head h // (h_q / h_kv)), d head dim (1 to 256), t tokens of a packed batch.
@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import flash_attn_2_cuda as flash_attn_gpu  # noqa: F401  other packages look for this name here
-from flash_attn import _checks, _fast_path
-from flash_attn._autograd import without_gradients
-from flash_attn._native import contiguous_columns, draw_seed, softmax_scale_of
+from flash_attn import _calls, _checks
+from flash_attn._calls import Attention, Window
+from flash_attn._native import contiguous_columns
 from flash_attn._native import round_up as round_multiple  # noqa: F401
 from flash_attn._ops import (
     _flash_attn_backward,
@@ -35,9 +35,6 @@ _wrapped_flash_attn_varlen_forward = _flash_attn_varlen_forward
 _wrapped_flash_attn_backward = _flash_attn_backward
 _wrapped_flash_attn_varlen_backward = _flash_attn_varlen_backward
 
-Window = Sequence[int] | Tensor
-Attention = Any  # out, or (out, softmax_lse, S_dmask) when those are asked for
-
 
 def maybe_contiguous(x: Tensor | None) -> Tensor | None:
     """``x`` with a contiguous last dimension: itself, or a copy."""
@@ -47,67 +44,6 @@ def maybe_contiguous(x: Tensor | None) -> Tensor | None:
 def _get_block_size_n(device: Any, head_dim: int, is_dropout: bool, is_causal: bool) -> int:
     """Keys that share a reference in S_dmask: all, it is relative to the row's final maximum."""
     return sys.maxsize // 2
-
-
-def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int | Tensor,
-    max_seqlen_k: int | Tensor,
-    dropout_p: float,
-    softmax_scale: float | None,
-    causal: bool,
-    window_size: Window,
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    deterministic: bool,
-    return_attn_probs: bool,
-    block_table: Tensor | None = None,
-) -> Attention:
-    results = _fast_path.attend(
-        *(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p),
-        *(softmax_scale, causal, window_size, softcap, alibi_slopes, block_table, deterministic),
-        return_attn_probs,
-    )
-    if results is not None:
-        out, softmax_lse = results
-        return (out, softmax_lse, q.new_empty(0)) if return_attn_probs else out
-    _checks.check_tensors(q=q, k=k, v=v)
-    _checks.check_options(
-        q,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        alibi_slopes=alibi_slopes,
-        block_table=block_table,
-    )
-    left, right = _checks.check_window(window_size)
-    dropout_p = _checks.check_number("dropout_p", dropout_p)
-    return_attn_probs = _checks.check_flag("return_attn_probs", return_attn_probs)
-    out, softmax_lse, s_dmask, _ = torch.ops.flash_attn._attend(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        _checks.check_length("max_seqlen_q", max_seqlen_q),
-        _checks.check_length("max_seqlen_k", max_seqlen_k),
-        dropout_p,
-        softmax_scale_of(q, _checks.check_optional_number("softmax_scale", softmax_scale)),
-        _checks.check_flag("causal", causal),
-        left,
-        right,
-        _checks.check_number("softcap", softcap),
-        alibi_slopes,
-        return_attn_probs,
-        block_table,
-        _checks.check_flag("deterministic", deterministic),
-        # Drawn outside the op, where a compiler knows that two draws differ.
-        draw_seed(q.device) if dropout_p > 0.0 else None,
-    )
-    return (out, softmax_lse, s_dmask) if return_attn_probs else out
 
 
 def flash_attn_func(
@@ -150,9 +86,23 @@ def flash_attn_func(
     Raises:
         RuntimeError: the message says what was wrong, what was received, and the rule.
     """
-    return _attention(
-        *(q, k, v, None, None, 0, 0, dropout_p, softmax_scale, causal, window_size, softcap),
-        *(alibi_slopes, deterministic, return_attn_probs),
+    return _calls.attend(
+        q,
+        k,
+        v,
+        None,
+        None,
+        0,
+        0,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        None,
+        deterministic,
+        return_attn_probs,
     )
 
 
@@ -171,9 +121,18 @@ def flash_attn_kvpacked_func(
     """``flash_attn_func`` with kv (b, s_k, 2, h_kv, d)."""
     _checks.check_packed("kv", kv, 2)
     k, v = kv.unbind(-3)
-    return _attention(
-        *(q, k, v, None, None, 0, 0, dropout_p, softmax_scale, causal, window_size, softcap),
-        *(alibi_slopes, deterministic, return_attn_probs),
+    return flash_attn_func(
+        q,
+        k,
+        v,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
     )
 
 
@@ -191,9 +150,18 @@ def flash_attn_qkvpacked_func(
     """``flash_attn_func`` with qkv (b, s, 3, h, d)."""
     _checks.check_packed("qkv", qkv, 3)
     q, k, v = qkv.unbind(-3)
-    return _attention(
-        *(q, k, v, None, None, 0, 0, dropout_p, softmax_scale, causal, window_size, softcap),
-        *(alibi_slopes, deterministic, return_attn_probs),
+    return flash_attn_func(
+        q,
+        k,
+        v,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
     )
 
 
@@ -232,27 +200,23 @@ def flash_attn_varlen_func(
         out (t_q, h_q, d); with return_attn_probs also softmax_lse fp32 (h_q, t_q) and S_dmask.
     """
     _checks.check_present(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    return _attention(
-        *(
-            q,
-            k,
-            v,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            max_seqlen_q,
-            max_seqlen_k,
-            dropout_p,
-            softmax_scale,
-        ),
-        *(
-            causal,
-            window_size,
-            softcap,
-            alibi_slopes,
-            deterministic,
-            return_attn_probs,
-            block_table,
-        ),
+    return _calls.attend(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        block_table,
+        deterministic,
+        return_attn_probs,
     )
 
 
@@ -276,19 +240,23 @@ def flash_attn_varlen_kvpacked_func(
     _checks.check_present(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     _checks.check_packed("kv", kv, 2)
     k, v = kv.unbind(-3)
-    return _attention(
-        *(
-            q,
-            k,
-            v,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            max_seqlen_q,
-            max_seqlen_k,
-            dropout_p,
-            softmax_scale,
-        ),
-        *(causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs),
+    return _calls.attend(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        None,
+        deterministic,
+        return_attn_probs,
     )
 
 
@@ -310,9 +278,23 @@ def flash_attn_varlen_qkvpacked_func(
     max_seqlen = _checks.check_length("max_seqlen", max_seqlen)
     _checks.check_packed("qkv", qkv, 3)
     q, k, v = qkv.unbind(-3)
-    return _attention(
-        *(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale),
-        *(causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs),
+    return _calls.attend(
+        q,
+        k,
+        v,
+        cu_seqlens,
+        cu_seqlens,
+        max_seqlen,
+        max_seqlen,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        None,
+        deterministic,
+        return_attn_probs,
     )
 
 
@@ -365,78 +347,27 @@ def flash_attn_with_kvcache(
     Raises:
         RuntimeError: before anything is written: a refused call leaves the cache as it was.
     """
-    arguments = (
-        *(q, k_cache, v_cache, k, v, rotary_cos, rotary_sin),
-        *(cache_seqlens, cache_batch_idx, cache_leftpad, block_table, softmax_scale, causal),
-        *(window_size, softcap, rotary_interleaved, alibi_slopes, num_splits),
-    )
-    results = _fast_path.attend_cache(*arguments)
-    if results is None:
-        results = _attend_with_kvcache(*arguments)
-    return results if return_softmax_lse else results[0]
-
-
-@without_gradients
-def _attend_with_kvcache(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    rotary_cos: Tensor | None,
-    rotary_sin: Tensor | None,
-    cache_seqlens: int | Tensor | None,
-    cache_batch_idx: Tensor | None,
-    cache_leftpad: Tensor | None,
-    block_table: Tensor | None,
-    softmax_scale: float | None,
-    causal: bool,
-    window_size: Window,
-    softcap: float,
-    rotary_interleaved: bool,
-    alibi_slopes: Tensor | None,
-    num_splits: int,
-) -> tuple[Tensor, Tensor]:
-    """The long way of ``flash_attn_with_kvcache``, with every rule and its words."""
-    _checks.check_tensors(q=q, k_cache=k_cache, v_cache=v_cache)
-    lengths = cache_seqlens if isinstance(cache_seqlens, Tensor) else None
-    _checks.check_options(
+    results = _calls.attend_cache(
         q,
-        k=k,
-        v=v,
-        rotary_cos=rotary_cos,
-        rotary_sin=rotary_sin,
-        cache_seqlens=lengths,
-        cache_batch_idx=cache_batch_idx,
-        cache_leftpad=cache_leftpad,
-        block_table=block_table,
-        alibi_slopes=alibi_slopes,
+        k_cache,
+        v_cache,
+        k,
+        v,
+        rotary_cos,
+        rotary_sin,
+        cache_seqlens,
+        cache_batch_idx,
+        cache_leftpad,
+        block_table,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        rotary_interleaved,
+        alibi_slopes,
+        num_splits,
     )
-    _checks.check_cache_ranks(q, k_cache, block_table)
-    left, right = _checks.check_window(window_size)
-    if cache_seqlens is not None and lengths is None:
-        used = _checks.check_cache_length(cache_seqlens)
-        lengths = torch.full((q.shape[0],), used, dtype=torch.int32, device=q.device)
-    where = (lengths, cache_batch_idx, cache_leftpad, block_table)
-    scoring = (
-        softmax_scale_of(q, _checks.check_optional_number("softmax_scale", softmax_scale)),
-        _checks.check_flag("causal", causal),
-        left,
-        right,
-        _checks.check_number("softcap", softcap),
-    )
-    rotary_interleaved = _checks.check_flag("rotary_interleaved", rotary_interleaved)
-    num_splits = _checks.check_length("num_splits", num_splits)
-    if k is None and v is None and rotary_cos is None and rotary_sin is None:
-        out, softmax_lse = torch.ops.flash_attn._attend_cache(
-            q, k_cache, v_cache, *where, *scoring, alibi_slopes, num_splits
-        )
-    else:
-        out, softmax_lse = torch.ops.flash_attn._append_and_attend_cache(
-            *(q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, *where, *scoring),
-            *(rotary_interleaved, alibi_slopes, num_splits),
-        )
-    return out, softmax_lse
+    return results if return_softmax_lse else results[0]
 
 
 def _apply_of(function: Callable[..., Attention], name: str) -> type:

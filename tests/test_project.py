@@ -1,5 +1,7 @@
 """The rules of the tree: the documents' commands exist, the sources keep out what they must."""
 
+import ast
+import graphlib
 import json
 import re
 import shlex
@@ -18,6 +20,7 @@ CODE_FOLDERS = ["flash_attn", "csrc", "tests", "benchmarks", "patches"]
 CODE_SUFFIXES = {".py", ".h", ".cpp", ".cu", ".cuh"}
 
 MAX_LINES, HARD_MAX_LINES = 500, 700
+MAX_FUNCTION_LINES = 80
 # A file between the two limits that was looked at and left whole, with the reason.
 LONG_FILES: dict[str, str] = {}
 
@@ -188,6 +191,48 @@ def test_files_are_short():
     assert too_long == {}
     assert [name for name, n in lengths.items() if n > HARD_MAX_LINES] == []
     assert [name for name in LONG_FILES if lengths.get(name, 0) <= MAX_LINES] == []
+
+
+def test_functions_are_short():
+    """At most 80 lines each, docstring and signature included."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    too_long = [
+        f"{path.relative_to(ROOT).as_posix()}: {node.name}"
+        for path in code_files()
+        if path.suffix == ".py"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, kinds) and node.end_lineno - node.lineno >= MAX_FUNCTION_LINES
+    ]
+    assert too_long == []
+
+
+def imported_modules(path):
+    """What a module of this package imports when it is imported itself, by full names."""
+    package = path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").split(".")[:-1]
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            origin = ".".join([*above, *([node.module] if node.module else [])])
+            yield origin
+            yield from (f"{origin}.{alias.name}" for alias in node.names)
+
+
+def test_no_import_goes_in_a_circle():
+    """Between modules; a package's __init__.py, which gathers names, is left out."""
+    paths = [*(ROOT / "flash_attn").rglob("*.py"), ROOT / "flash_attn_2_cuda.py"]
+    modules = {
+        path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path
+        for path in paths
+        if path.name != "__init__.py"
+    }
+    imports = {
+        name: {other for other in imported_modules(path) if other in modules}
+        for name, path in modules.items()
+    }
+    assert "flash_attn_2_cuda" in imports["flash_attn.flash_attn_interface"]
+    assert list(graphlib.TopologicalSorter(imports).static_order())  # raises on a circle
 
 
 def lines_of_csrc(pattern):

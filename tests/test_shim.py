@@ -280,7 +280,7 @@ def test_an_out_that_does_not_fit_is_refused_before_anything_is_written(entry):
 
 
 def test_either_module_can_be_imported_first():
-    """They know each other: the interface offers the shim under upstream's name for it."""
+    """The interface offers the shim under upstream's name; the shim knows only what both call."""
     assert flash_attn_interface.flash_attn_gpu is shim
     program = (
         "import flash_attn_2_cuda; import flash_attn.flash_attn_interface as interface; "
