@@ -2,7 +2,8 @@
 
 One ninja file compiles every source in parallel and remembers what is up to date; an editable
 install, a wheel and `build_ext --inplace` share its objects. setuptools cannot give two sources
-different flags, and the CPU kernels are compiled once per instruction set; hence the subclass.
+different flags. Here the CPU kernels are compiled once per instruction set, and each set of NVIDIA
+kernels for its own architectures; hence the subclass.
 
 Only PyTorch's stable ABI is used, and no Python API at all, so one library serves every Python from
 MIN_PYTHON and every torch from TORCH_TARGET on, and building it needs no Python headers.
@@ -13,8 +14,8 @@ or -march=native from outside would change the bits that this package promises.
 The NVIDIA kernels are built when PyTorch is a CUDA build and nvcc is found, or when asked for. A
 build says first, on stderr, what it builds, what not, and why; pip shows that with -v.
     FLASH_ATTN_FORCE_CUDA=1          build them whatever PyTorch is; 0: leave them out
-    FLASH_ATTN_CUDA_ARCHS="80;90"    for these architectures; default: those of the GPUs that are
-                                     visible, or all of CUDA_ARCHS
+    FLASH_ATTN_CUDA_ARCHS="80;90"    for these architectures, "90a" among them; default: those of
+                                     the GPUs that are visible, or all of CUDA_ARCHS
     CUDA_HOME                        where nvcc is, when it is not on PATH
 """
 
@@ -29,6 +30,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -60,8 +62,24 @@ ISA_FLAGS = {
         *("-mavx2", "-mfma", "-mf16c", "-Wno-maybe-uninitialized"),
     ],
 }
-# SASS for each, and PTX of the last for what comes later. 8.6 and 8.9 run the code of 8.0.
+# SASS for each, and PTX for what comes later. 8.6 and 8.9 run the code of 8.0.
 CUDA_ARCHS = ("80", "90", "100", "120")
+OLDEST_ARCH = 80  # cp.async and the matrix products of bf16 begin here
+
+
+class KernelSet(NamedTuple):
+    """What the CUDA sources of one folder are compiled for, and with, besides NVCC_FLAGS."""
+
+    archs: tuple[str, ...] = ()  # each when its number is asked for; none: whatever is asked for
+    flags: tuple[str, ...] = ()
+
+
+# By folder of csrc/; csrc/instantiations/<folder>_*.cu go with it. FLASH_ATTN_WITH_<FOLDER> tells
+# the sources that a set is in the library: one whose architectures are not asked for is left out.
+KERNEL_SETS = {
+    "gpu": KernelSet(),
+    "sm80": KernelSet(),
+}
 # -fmad=false: as -ffp-contract=off above.
 NVCC_FLAGS = [
     *("-std=c++20", "-O3", "--expt-relaxed-constexpr", "-fmad=false", "-cudart=static"),
@@ -73,7 +91,7 @@ GIB_PER_NVCC = 2  # of memory, at most, for one compilation
 # Bytes of registers that a kernel keeps in memory ("spills"), by architecture and file name; none
 # where nothing is listed. More is a kernel that has outgrown its registers. The numbers hold for
 # the release of nvcc that they were read from: another one allocates differently.
-SPILLS = ROOT / "csrc/instantiations/spills.json"
+SPILLS = Path("csrc/instantiations/spills.json")
 
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
@@ -148,19 +166,63 @@ def plan(sources: list[str], archs: list[str], why: str, cure: str) -> str:
 
 def cuda_archs() -> list[str]:
     """Architectures to build for, as "80"."""
-    asked = os.environ.get("FLASH_ATTN_CUDA_ARCHS")
-    if asked:
-        return [arch.strip() for arch in asked.replace(",", ";").split(";") if arch.strip()]
+    asked = os.environ.get("FLASH_ATTN_CUDA_ARCHS", "")
+    named = [arch.strip() for arch in asked.replace(",", ";").split(";") if arch.strip()]
+    if named:
+        return list(dict.fromkeys(named))
     import torch
 
     visible = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     found = {torch.cuda.get_device_capability(i) for i in visible}
-    return sorted(f"{major}{minor}" for major, minor in found) or list(CUDA_ARCHS)
+    numbers = sorted(10 * major + minor for major, minor in found)
+    return [str(number) for number in numbers if number >= OLDEST_ARCH] or list(CUDA_ARCHS)
 
 
-def cuda_sources() -> list[str]:
-    found = [*(ROOT / "csrc/sm80").glob("*.cu"), *(ROOT / "csrc/instantiations").glob("*.cu")]
-    return sorted(path.relative_to(ROOT).as_posix() for path in found)
+def number_of(arch: str) -> str:
+    """Without the letter of a target for one GPU (90a) or one family (100f) alone."""
+    return arch.rstrip("af")
+
+
+def check_archs(archs: list[str]) -> None:
+    """Refuses what is no target of these kernels or of this nvcc."""
+    for arch in archs:
+        fits = re.fullmatch(r"\d+[af]?", arch) and int(number_of(arch)) >= OLDEST_ARCH
+        command = [f"{cuda_home()}/bin/nvcc", "--dryrun", *gencode([arch])]
+        command += ["-c", "-x", "cu", os.devnull]
+        if not fits or subprocess.run(command, capture_output=True).returncode != 0:
+            raise CompileError(
+                f"FLASH_ATTN_CUDA_ARCHS: received {arch!r}; rule: targets of nvcc "
+                f"{nvcc_release()} from {OLDEST_ARCH} on, such as 80;90a"
+            )
+
+
+def gencode(targets: list[str]) -> list[str]:
+    """SASS of each, and PTX of the last that others can run: that of 90a runs on 9.0 alone."""
+    codes = [f"-gencode=arch=compute_{target},code=sm_{target}" for target in targets]
+    plain = [target for target in targets if target.isdigit()]
+    return codes + [f"-gencode=arch=compute_{last},code=compute_{last}" for last in plain[-1:]]
+
+
+def targets_of(kernels: KernelSet, archs: list[str]) -> list[str]:
+    """What a set is compiled for when `archs` are asked for."""
+    numbers = set(map(number_of, archs))
+    return [target for target in kernels.archs or archs if number_of(target) in numbers]
+
+
+def sources_of(folder: str) -> list[Path]:
+    """What belongs to a set of kernels."""
+    instantiations = (ROOT / "csrc/instantiations").glob(f"{folder}_*.cu")
+    return [*(ROOT / "csrc" / folder).glob("*.cu"), *instantiations]
+
+
+def cuda_sources(archs: list[str]) -> dict[str, list[str]]:
+    """By source, the flags of its set; sets without a target are left out."""
+    found: dict[str, list[str]] = {}
+    for folder, kernels in KERNEL_SETS.items():
+        if targets := targets_of(kernels, archs):
+            flags = [*kernels.flags, *gencode(targets)]
+            found |= {path.relative_to(ROOT).as_posix(): flags for path in sources_of(folder)}
+    return dict(sorted(found.items()))
 
 
 def nvcc_release() -> str:
@@ -233,6 +295,7 @@ class NinjaBuild(build_ext):
         )
         cuda = cuda_home() if build_cuda else None
         archs = cuda_archs() if cuda else []
+        check_archs(archs)
         print(plan(ext.sources, archs, why, cure), file=sys.stderr, flush=True)
 
         includes = cpp_extension.include_paths()
@@ -246,23 +309,23 @@ class NinjaBuild(build_ext):
             *(f"-L{path}" for path in cpp_extension.library_paths()),
             *(f"-l{name}" for name in LIBRARIES),
         ]
-        sources = list(ext.sources)
         nvcc_flags = [*NVCC_FLAGS, "-I."]
+        kernels = cuda_sources(archs)
         if cuda:
-            sources += cuda_sources()
-            flags.append(f"-DFLASH_ATTN_WITH_CUDA='\"{';'.join(archs)}\"'")
+            present = [name for name in KERNEL_SETS if targets_of(KERNEL_SETS[name], archs)]
+            defines = [f"-DFLASH_ATTN_WITH_{name.upper()}" for name in present]
+            flags += [f"-DFLASH_ATTN_WITH_CUDA='\"{';'.join(archs)}\"'", *defines]
             flags.append(f"-isystem {cuda}/include")
-            nvcc_flags += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
-            nvcc_flags.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+            nvcc_flags += defines
             links += [f"-L{cuda}/lib64", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
         library = OBJECTS / Path(self.get_ext_filename(ext.name)).name
-        self.write_ninja_file(sources, flags, nvcc_flags, links, library)
+        self.write_ninja_file(ext.sources, kernels, flags, nvcc_flags, links, library)
         jobs = parallel_jobs(cuda is not None)
         command = [os.path.join(ninja.BIN_DIR, "ninja"), "-f", str(OBJECTS / "build.ninja")]
         if subprocess.run([*command, "-j", jobs], cwd=ROOT).returncode != 0:
             raise CompileError("the native library was not built; the compiler's message is above")
         if cuda:
-            self.check_spills(cuda_sources())
+            self.check_spills(list(kernels))
 
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -277,7 +340,7 @@ class NinjaBuild(build_ext):
         """
         logs = {source: (ROOT / OBJECTS / source).with_suffix(".o.ptxas") for source in sources}
         found = spilled_bytes({source: log.read_text() for source, log in logs.items()})
-        release, listed = nvcc_release(), json.loads(SPILLS.read_text())
+        release, listed = nvcc_release(), json.loads((ROOT / SPILLS).read_text())
         update = OBJECTS / SPILLS.name
         as_found = {"nvcc": release, "bytes": listed["bytes"] | found}
         (ROOT / update).write_text(json.dumps(as_found, indent=2) + "\n")
@@ -289,12 +352,13 @@ class NinjaBuild(build_ext):
                 heading = f"kernels spill registers (unmeasured for sm_{arch}, nvcc {release}):"
                 self.warn("\n  ".join([heading, *lines]))
         if refused:
-            cure = f"If it has to be, allow it: cp {update} {SPILLS.relative_to(ROOT)}"
+            cure = f"If it has to be, allow it: cp {update} {SPILLS}"
             raise CompileError("\n  ".join(["kernels spill registers:", *refused, cure]))
 
     @staticmethod
     def write_ninja_file(
         sources: list[str],
+        kernels: dict[str, list[str]],
         flags: list[str],
         nvcc_flags: list[str],
         links: list[str],
@@ -322,7 +386,8 @@ class NinjaBuild(build_ext):
             # which have a number in parentheses, to the terminal too.
             writer.rule(
                 "compile_cuda",
-                "$nvcc -MMD -MF $out.d $nvcc_flags -c $in -o $out 2> $out.ptxas; status=$$?; "
+                "$nvcc -MMD -MF $out.d $nvcc_flags $set_flags -c $in -o $out 2> $out.ptxas; "
+                "status=$$?; "
                 "grep -Ev '^ptxas info *: [^(]|bytes stack frame' $out.ptxas; exit $$status",
                 description="compile $in",
                 depfile="$out.d",
@@ -332,19 +397,25 @@ class NinjaBuild(build_ext):
             objects = []
             for source in sources:
                 objects.append((OBJECTS / source).with_suffix(".o").as_posix())
-                if source.endswith(".cu"):
-                    report = f"{objects[-1]}.ptxas"
-                    writer.build(objects[-1], "compile_cuda", source, implicit_outputs=report)
-                    continue
                 isa = isa_of(source)
                 isa_flags = ISA_FLAGS[isa] if isa else []
                 writer.build(objects[-1], "compile", source, variables={"isa_flags": isa_flags})
+            for source, set_flags in kernels.items():
+                objects.append((OBJECTS / source).with_suffix(".o").as_posix())
+                writer.build(
+                    objects[-1],
+                    "compile_cuda",
+                    source,
+                    variables={"set_flags": set_flags},
+                    implicit_outputs=f"{objects[-1]}.ptxas",
+                )
             writer.build(library.as_posix(), "link", objects, variables={"links": links})
             writer.default(library.as_posix())
 
 
-setup(
-    ext_modules=[Extension("flash_attn._C", cpu_sources(), py_limited_api=True)],
-    cmdclass={"build_ext": NinjaBuild},
-    options={"bdist_wheel": {"py_limited_api": "cp{}{}".format(*MIN_PYTHON)}},
-)
+if __name__ == "__main__":  # imported, it is a list of settings: tests and benchmarks read them
+    setup(
+        ext_modules=[Extension("flash_attn._C", cpu_sources(), py_limited_api=True)],
+        cmdclass={"build_ext": NinjaBuild},
+        options={"bdist_wheel": {"py_limited_api": "cp{}{}".format(*MIN_PYTHON)}},
+    )

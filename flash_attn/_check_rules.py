@@ -100,7 +100,8 @@ def _gpu(wanted: torch.device) -> None:
 
 def _runs_on(capability: tuple[int, int], archs: Sequence[str]) -> bool:
     """Code of an architecture runs on GPUs of its major version that are not older; the library
-    holds the PTX of the last one too, which newer GPUs compile. A letter (90a) ties both to one."""
+    holds the PTX of the last one too, which newer GPUs compile. A letter ties code to one GPU (90a)
+    or to one family (100f), and the PTX is that of the last one without."""
     for arch in archs:
         built = divmod(int(arch.rstrip("af")), 10)
         if arch.endswith("a"):
@@ -109,8 +110,8 @@ def _runs_on(capability: tuple[int, int], archs: Sequence[str]) -> bool:
             fits = built[0] == capability[0] and built <= capability
         if fits:
             return True
-    last = archs[-1]
-    return last.isdigit() and divmod(int(last), 10) <= capability
+    plain = [arch for arch in archs if arch.isdigit()]
+    return bool(plain) and divmod(int(plain[-1]), 10) <= capability
 
 
 def dtype(wanted: torch.dtype, on: torch.device) -> None:

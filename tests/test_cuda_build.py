@@ -10,6 +10,8 @@ import torch
 from setuptools import Distribution, Extension
 from setuptools.errors import CompileError
 
+import setup
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "csrc/instantiations"))
 import generate  # noqa: E402
@@ -33,17 +35,8 @@ SOURCES += [
 ]
 
 
-def build_settings(root=ROOT) -> dict:
-    """The names that setup.py defines, for a tree at root, without running setup()."""
-    source = (ROOT / "setup.py").read_text()
-    names: dict = {"__file__": str(root / "setup.py"), "__name__": "setup_settings"}
-    exec(compile(source[: source.rindex("\nsetup(")], "setup.py", "exec"), names)
-    return names
-
-
-SETTINGS = build_settings()
-SPILLS = json.loads(SETTINGS["SPILLS"].read_text())
-NVCC = SETTINGS["cuda_home"]() and f"{SETTINGS['cuda_home']()}/bin/nvcc"
+SPILLS = json.loads((ROOT / setup.SPILLS).read_text())
+NVCC = setup.cuda_home() and f"{setup.cuda_home()}/bin/nvcc"
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 
 
@@ -54,8 +47,70 @@ def test_instantiations_are_up_to_date():
 
 def test_spills_are_of_sources_that_exist():
     """A name left behind, or mistyped, would allow nothing and say nothing."""
-    stems = {Path(source).stem for source in SETTINGS["cuda_sources"]()}
+    stems = {Path(source).stem for source in setup.cuda_sources(list(setup.CUDA_ARCHS))}
     assert {stem for of_arch in SPILLS["bytes"].values() for stem in of_arch} <= stems
+
+
+def test_every_source_belongs_to_a_set():
+    """One that does not would be missed when the library is loaded."""
+    found = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.cu")}
+    assert set(setup.cuda_sources(list(setup.CUDA_ARCHS))) == found
+
+
+@pytest.mark.parametrize(
+    "targets, ptx",
+    [
+        (["80", "90"], "90"),
+        (["80", "90a"], "80"),
+        (["90a", "80", "100f"], "80"),
+        (["90a"], None),
+    ],
+    ids=str,
+)
+def test_ptx_is_of_the_last_that_others_can_run(targets, ptx):
+    sass = [f"-gencode=arch=compute_{target},code=sm_{target}" for target in targets]
+    last = [f"-gencode=arch=compute_{ptx},code=compute_{ptx}"] if ptx else []
+    assert setup.gencode(targets) == sass + last
+
+
+@pytest.mark.parametrize("asked", ["80;90", "80;90a"])
+def test_a_set_is_compiled_for_its_own_architectures(asked, tmp_path, monkeypatch):
+    """A later set: for 90a where 9.0 is asked for, left out where it is not."""
+    for name in ("sm80/fold.cu", "sm90/forward.cu", "instantiations/sm90_d64.cu"):
+        (tmp_path / "csrc" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "csrc" / name).touch()
+    monkeypatch.setattr(setup, "ROOT", tmp_path)
+    monkeypatch.setitem(setup.KERNEL_SETS, "sm90", setup.KernelSet(("90a",), ("-DWIDE",)))
+    shared = {"csrc/sm80/fold.cu": setup.gencode(asked.split(";"))}
+    own = ["-DWIDE", "-gencode=arch=compute_90a,code=sm_90a"]
+    assert setup.cuda_sources(asked.split(";")) == shared | dict.fromkeys(
+        ("csrc/sm90/forward.cu", "csrc/instantiations/sm90_d64.cu"), own
+    )
+    assert list(setup.cuda_sources(["80", "100"])) == ["csrc/sm80/fold.cu"]
+    assert setup.cuda_sources([]) == {}
+
+
+def test_architectures_come_from_the_environment_or_the_gpus(monkeypatch):
+    monkeypatch.setenv("FLASH_ATTN_CUDA_ARCHS", " 80, 90a;80;")
+    assert setup.cuda_archs() == ["80", "90a"]
+    monkeypatch.setenv("FLASH_ATTN_CUDA_ARCHS", ";")
+    for cards, archs in {
+        (): list(setup.CUDA_ARCHS),
+        ((10, 0), (9, 0), (10, 0)): ["90", "100"],
+        ((7, 5), (8, 6)): ["86"],
+    }.items():
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cards=cards: bool(cards))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda cards=cards: len(cards))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", cards.__getitem__)
+        assert setup.cuda_archs() == archs
+
+
+@needs_nvcc
+def test_targets_that_nvcc_cannot_take_are_refused():
+    setup.check_archs(["80", "90", "90a"])
+    for arch in ("75", "9.0", "sm_90", "90b", "80a", "999"):
+        with pytest.raises(CompileError, match=f"received '{arch}'; rule: .* from 80 on"):
+            setup.check_archs(["80", arch])
 
 
 CPU_TORCH, CUDA_TORCH = ("2.11.0+cpu", False), ("2.11.0+cu130", True)
@@ -80,14 +135,14 @@ DECISIONS = {
     "asked, pytorch, nvcc, gpu, built, cures", DECISIONS.values(), ids=DECISIONS
 )
 def test_a_build_says_what_it_leaves_out(asked, pytorch, nvcc, gpu, built, cures):
-    build_cuda, why, cure = SETTINGS["decide_cuda"](asked, *pytorch, nvcc, gpu)
+    build_cuda, why, cure = setup.decide_cuda(asked, *pytorch, nvcc, gpu)
     assert build_cuda is built
     assert [named in cure for named in (NVCC_MISSING, ISOLATED)] == [
         named in cures for named in (NVCC_MISSING, ISOLATED)
     ]
     assert (f"FLASH_ATTN_FORCE_CUDA={asked}" if asked else pytorch[0]) in why
     sources = ["csrc/cpu/isa_avx2.cpp", "csrc/cpu/isa_generic.cpp", "csrc/cpu/plan.cpp"]
-    said = SETTINGS["plan"](sources, ["80", "90"] if built else [], why, cure)
+    said = setup.plan(sources, ["80", "90"] if built else [], why, cure)
     first, *rest = said.splitlines()
     assert first.endswith(": avx2, generic")
     text = " ".join(line.strip() for line in rest)
@@ -102,18 +157,19 @@ def test_a_build_says_what_it_leaves_out(asked, pytorch, nvcc, gpu, built, cures
 @pytest.mark.parametrize("asked, words", [("1", "needs nvcc"), ("TRUE", "0, 1 or unset")])
 def test_what_cannot_be_built_is_refused(asked, words):
     with pytest.raises(CompileError, match=words):
-        SETTINGS["decide_cuda"](asked, *CUDA_TORCH, False, True)
+        setup.decide_cuda(asked, *CUDA_TORCH, False, True)
 
 
 def test_a_build_speaks_before_it_compiles(tmp_path, monkeypatch, capfd):
     """On a machine with a GPU and without nvcc, and with a compiler that fails."""
     monkeypatch.delenv("FLASH_ATTN_FORCE_CUDA", raising=False)
     monkeypatch.setenv("CXX", "false")
-    settings = build_settings(tmp_path)
-    settings["cuda_home"], settings["has_nvidia_gpu"] = lambda: None, lambda: True
+    monkeypatch.setattr(setup, "ROOT", tmp_path)
+    monkeypatch.setattr(setup, "cuda_home", lambda: None)
+    monkeypatch.setattr(setup, "has_nvidia_gpu", lambda: True)
     (tmp_path / "isa_generic.cpp").touch()
     extension = Extension("flash_attn._C", ["isa_generic.cpp"], py_limited_api=True)
-    command = settings["NinjaBuild"](Distribution({"ext_modules": [extension]}))
+    command = setup.NinjaBuild(Distribution({"ext_modules": [extension]}))
     command.build_lib = str(tmp_path / "lib")
     command.ensure_finalized()
     with pytest.raises(CompileError, match="was not built"):
@@ -126,14 +182,14 @@ def test_a_build_speaks_before_it_compiles(tmp_path, monkeypatch, capfd):
 @needs_nvcc
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: Path(source).stem)
 def test_kernel_compiles_within_its_registers(source, tmp_path):
-    command = [NVCC, *SETTINGS["NVCC_FLAGS"], "-I.", "-c", source, "-o", str(tmp_path / "o.o")]
-    command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in SPILLS["bytes"]]
+    command = [NVCC, *setup.NVCC_FLAGS, "-I.", "-c", source, "-o", str(tmp_path / "o.o")]
+    command += setup.cuda_sources(list(SPILLS["bytes"]))[source]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    found = SETTINGS["spilled_bytes"]({source: result.stderr})
+    found = setup.spilled_bytes({source: result.stderr})
     has_kernels = Path(source).stem not in WITHOUT_KERNELS
     assert found.keys() == (SPILLS["bytes"].keys() if has_kernels else set())
-    assert not any(SETTINGS["excess_spills"](found, SPILLS["bytes"]).values())
+    assert not any(setup.excess_spills(found, SPILLS["bytes"]).values())
     assert "C7510" not in result.stderr
 
 
@@ -158,9 +214,10 @@ def build(tmp_path, monkeypatch):
     monkeypatch.setenv("FLASH_ATTN_CUDA_ARCHS", "90")
     folder = tmp_path / "csrc/instantiations"
     folder.mkdir(parents=True)
-    (folder / "control.cu").write_text(SPILLING)
+    (folder / "sm80_control.cu").write_text(SPILLING)
+    monkeypatch.setattr(setup, "ROOT", tmp_path)
     extension = Extension("flash_attn._C", [], py_limited_api=True)
-    command = build_settings(tmp_path)["NinjaBuild"](Distribution({"ext_modules": [extension]}))
+    command = setup.NinjaBuild(Distribution({"ext_modules": [extension]}))
     command.build_lib = str(tmp_path / "lib")
     command.ensure_finalized()
 
@@ -175,16 +232,16 @@ def build(tmp_path, monkeypatch):
 @needs_nvcc
 def test_control_a_spill_fails_the_build(build, tmp_path, capfd, caplog):
     """Refused beyond what is listed, built within it; told where nobody has measured."""
-    release = SETTINGS["nvcc_release"]()
+    release = setup.nvcc_release()
     with pytest.raises(CompileError) as refused:
         build({"nvcc": release, "bytes": {"80": {"other": 4}, "90": {}}})
     as_found = json.loads((tmp_path / "build/objects/spills.json").read_text())
-    spilled = as_found["bytes"]["90"]["control"]
+    spilled = as_found["bytes"]["90"]["sm80_control"]
     assert as_found == {
         "nvcc": release,
-        "bytes": {"80": {"other": 4}, "90": {"control": spilled}},
+        "bytes": {"80": {"other": 4}, "90": {"sm80_control": spilled}},
     }
-    line = f"control.cu, sm_90: {spilled} bytes spilled, 0 allowed"
+    line = f"sm80_control.cu, sm_90: {spilled} bytes spilled, 0 allowed"
     assert line in str(refused.value)
     assert "cp build/objects/spills.json csrc/instantiations/spills.json" in str(refused.value)
     assert not list(tmp_path.glob("lib/**/*.so"))
@@ -192,8 +249,10 @@ def test_control_a_spill_fails_the_build(build, tmp_path, capfd, caplog):
     assert '"unused" was declared' in printed and "ptxas info" not in printed
 
     with pytest.raises(CompileError, match=f"{spilled - 1} allowed"):
-        build({"nvcc": release, "bytes": {"90": {"control": spilled - 1}}})
+        build({"nvcc": release, "bytes": {"90": {"sm80_control": spilled - 1}}})
     assert build(as_found).exists()
+    written = (tmp_path / "build/objects/build.ninja").read_text()
+    assert "code=sm_90 " in written and "-DFLASH_ATTN_WITH_SM80" in written
     assert line not in caplog.text
     for spills in ({"nvcc": release, "bytes": {"80": {}}}, {"nvcc": "1.0", "bytes": {"90": {}}}):
         caplog.clear()

@@ -315,6 +315,8 @@ DEVICE_CASES = [
     # The PTX is that of the last one; a letter ties an architecture's code to its own cards.
     Case(gpu, "ptx_of_the_last", {"archs": ["80", "100"]}, OTHER_GPUS, "for 80;100"),
     Case(gpu, "letter", {"capability": (10, 0), "archs": ["90a"]}, OTHER_GPUS, "for 90a"),
+    Case(gpu, "older_letter", {"capability": (8, 9), "archs": ["90a"]}, OTHER_GPUS, "for 90a"),
+    Case(gpu, "ptx_of_none", {"capability": (12, 0), "archs": ["90a", "100f"]}, OTHER_GPUS, "100f"),
     Case(capture, "capture", {"capturing": True}, "while a CUDA graph is captured", "in a capture"),
     Case(check_dense, "all_meta", {"q": Q.to("meta")} | both(META_KV), "no META kernels", "meta"),
     Case(
@@ -378,6 +380,7 @@ CONTROLS = [
     Case(gpu, "letter", {"archs": ["90a"]}),
     Case(gpu, "family", {"capability": (10, 3), "archs": ["100f"]}),
     Case(gpu, "ptx", {"capability": (12, 0), "archs": ["80"]}),
+    Case(gpu, "ptx_before_a_letter", {"capability": (12, 0), "archs": ["80", "90a"]}),
 ]
 
 
