@@ -41,6 +41,7 @@ NOT_ON_GPU = (
     "test_bench_gpu.py",
     "test_bert_padding.py",
     "test_cuda_build.py",
+    "test_isa_wall.py",
     "test_notebook.py",
     "test_patches.py",
     "test_project.py",

@@ -6,7 +6,6 @@ those libraries' symbol versions), the limited Python API, and PyTorch's stable 
 
 import fcntl
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -23,7 +22,6 @@ from elftools.elf.gnuversions import GNUVerNeedSection, GNUVerSymSection
 ROOT = Path(__file__).resolve().parent.parent
 PLATFORM = re.sub(r"[-.]", "_", sysconfig.get_platform())
 WHEEL = ROOT / f"dist/flash_attn-2.8.3+deterministic-cp310-abi3-{PLATFORM}.whl"
-OBJECTS = ROOT / "build/objects/csrc/cpu"
 
 MIN_PYTHON = PyVersion(3, 10)
 RUNTIMES = re.compile(r"(libc|libm|libdl|libpthread|libstdc\+\+|libgcc_s|ld-linux[\w-]*)\.so\.\d+")
@@ -188,18 +186,3 @@ def test_control_unstable_symbols_are_found(name):
     ]
     assert unstable_symbols(covered) == []
     assert unstable_symbols([*covered, (name, None), (name, "libtorch_cpu.so")]) == [name, name]
-
-
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="one instruction set, nothing to mix")
-@pytest.mark.parametrize("isa", ["avx2", "avx512"])
-def test_variants_share_no_code(wheel, isa):
-    """What a variant defines bears its name: the linker merges equal names from several objects,
-    and would hand AVX-512 code to a machine without it, or one variant's arithmetic to another."""
-    with open(OBJECTS / f"isa_{isa}.o", "rb") as stream:
-        symbols = [
-            symbol.name
-            for symbol in ELFFile(stream).get_section_by_name(".symtab").iter_symbols()
-            if symbol["st_shndx"] != "SHN_UNDEF" and symbol["st_info"]["bind"] != "STB_LOCAL"
-        ]
-    assert symbols
-    assert [name for name in symbols if f"{len(isa)}{isa}" not in name] == []

@@ -65,12 +65,12 @@ struct Rung {
 static constexpr int kNumRungs = 3;
 
 struct CpuLadder {
-  FA_HOST_DEVICE static constexpr Rung rung(int r) {
+  FA_MEMBER static constexpr Rung rung(int r) {
     return r == 0 ? Rung{0, 512, 0} : r == 1 ? Rung{16384, 1024, 32} : Rung{65536, 4096, 32 + 48};
   }
 };
 struct Sm80Ladder {
-  FA_HOST_DEVICE static constexpr Rung rung(int r) {
+  FA_MEMBER static constexpr Rung rung(int r) {
     return r == 0 ? Rung{0, 1024, 0} : r == 1 ? Rung{16384, 2048, 16} : Rung{65536, 4096, 16 + 24};
   }
 };
@@ -122,7 +122,8 @@ FA_HOST_DEVICE static inline bool closes(KeyRange seen, int64_t segment_begin,
 
 // A row that is NaN has one NaN, whatever instruction made it.
 FA_HOST_DEVICE static inline float canonical_nan() {
-  return std::numeric_limits<float>::quiet_NaN();
+  constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+  return kNan;
 }
 
 // The visible set of query `query` of s_q: the mask is aligned to the bottom right, so that the
@@ -181,8 +182,9 @@ FA_HOST_DEVICE static inline float fold_weight(float reference, float common) {
 // atanh in (f - 1) / (f + 1) with sqrt(1/2) <= f < sqrt(2): |argument| < 0.1716, and twelve terms
 // leave less than 1e-19.
 FA_HOST_DEVICE static inline double log2_of(double x) {
-  if (!(x > 0.0)) return x == 0.0 ? -std::numeric_limits<double>::infinity() : x;
-  if (x == std::numeric_limits<double>::infinity()) return x;
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  if (!(x > 0.0)) return x == 0.0 ? -kInfinity : x;
+  if (x == kInfinity) return x;
   int exponent;
   double f = std::frexp(x, &exponent);  // [1/2, 1)
   if (f < 0.70710678118654752440) {
@@ -205,8 +207,8 @@ FA_HOST_DEVICE static inline float inverse_of_sum(float sum) {
 // that saw nothing has +inf, so that exp(score - lse) is zero in the backward pass.
 FA_HOST_DEVICE static inline float log_sum_exp(float reference, float sum) {
   if (sum != sum) return canonical_nan();
-  if (reference == -std::numeric_limits<float>::infinity())
-    return std::numeric_limits<float>::infinity();
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  if (reference == -kInfinity) return kInfinity;
   double const log2_sum = static_cast<double>(reference) + log2_of(static_cast<double>(sum));
   return static_cast<float>(log2_sum * 0.69314718055994530942);
 }

@@ -50,7 +50,7 @@ struct Keep {
   uint32_t below;
   float scale;  // 1 / (1 - p)
 
-  static Keep of(double dropout_p) {
+  FA_MEMBER static Keep of(double dropout_p) {
     double const kept = 1.0 - dropout_p;
     return {static_cast<uint32_t>(kept * 65536.0 + 0.5), static_cast<float>(1.0 / kept)};
   }

@@ -76,13 +76,13 @@ struct KeyRows {
   int32_t const* pages = nullptr;  // this sequence's row of the block table, null: not paged
   int64_t page_size = 1, page_bytes = 0;
 
-  FA_HOST_DEVICE char* row(int64_t key) const {
+  FA_MEMBER char* row(int64_t key) const {
     int64_t const position = first_key + key;
     if (!pages) return base + position * row_bytes;
     return base + pages[position / page_size] * page_bytes + (position % page_size) * row_bytes;
   }
   // Whether rows [begin, end) lie row_bytes apart.
-  FA_HOST_DEVICE bool evenly_spaced(int64_t begin, int64_t end) const {
+  FA_MEMBER bool evenly_spaced(int64_t begin, int64_t end) const {
     return !pages || end <= begin ||
            (first_key + begin) / page_size == (first_key + end - 1) / page_size;
   }

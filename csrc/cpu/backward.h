@@ -113,7 +113,7 @@ struct BackwardTile {
       Vec const minus_lse = broadcast(0.0f - lse(rows[r])), row_delta = broadcast(*delta(rows[r]));
       alignas(64) float keep[kBlockKeys];
       bool const lone =
-          rows[r].visible.end - rows[r].visible.begin == 1 && std::isfinite(lse(rows[r]));
+          rows[r].visible.end - rows[r].visible.begin == 1 && __builtin_isfinite(lse(rows[r]));
       bool const drops = params.score.dropout_p > 0.0;
       if (drops) {
         dropout_factors(params.score, batch, rows[r].head, rows[r].query, block_begin, kBlockKeys,

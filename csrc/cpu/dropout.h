@@ -7,8 +7,9 @@ namespace fa::cpu {
 
 // factors[0 .. num_keys) = the scale of what is kept, or 0, for keys first_key ...; first_key and
 // num_keys are multiples of eight.
-inline void dropout_factors(ScoreParams const& score, int64_t batch, int64_t head, int64_t query,
-                            int64_t first_key, int64_t num_keys, float* factors) {
+static inline void dropout_factors(ScoreParams const& score, int64_t batch, int64_t head,
+                                   int64_t query, int64_t first_key, int64_t num_keys,
+                                   float* factors) {
   Keep const keep = Keep::of(score.dropout_p);
   uint64_t const key = philox_key(score.seed);
   for (int64_t j = 0; j < num_keys; j += kKeysPerDraw) {

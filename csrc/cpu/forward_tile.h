@@ -241,7 +241,7 @@ struct ForwardTile {
   Closed close_row(int64_t r, int64_t segment_begin, int64_t segment_end) const {
     float const m = scratch.m[r], sum = sum_of_lanes(load(scratch.l + r * kLanes));
     if (!contract::closes(row(r).visible, segment_begin, segment_end)) return {m, sum, 1.0f};
-    float const reference = std::ceil(m);
+    float const reference = __builtin_ceilf(m);
     alignas(64) float weight[kLanes];
     store(weight, exp2_of(broadcast(m == -kInfinity ? 0.0f : m - reference)));
     return {reference, sum * weight[0], weight[0]};
@@ -257,7 +257,7 @@ struct ForwardTile {
       Vec const part = load(o + c) * broadcast(closed.weight);
       store(fold + c, multiply_add(part, broadcast(now), load(fold + c) * broadcast(before)));
     }
-    scratch.l_fold[r] = std::fma(closed.sum, now, scratch.l_fold[r] * before);
+    scratch.l_fold[r] = __builtin_fmaf(closed.sum, now, scratch.l_fold[r] * before);
     scratch.m_fold[r] = common;
   }
 

@@ -4,7 +4,8 @@
 // The number of lanes is part of the contract (it decides which keys share a running sum), the
 // width of the machine's registers is not. Every operation is IEEE and rounds once; multiply_add is
 // fused by definition. Included once per instruction set with FA_ISA naming the namespace, so that
-// the linker cannot mix the variants.
+// the linker cannot mix the variants. For the same reason <cmath> is named by builtins: its inline
+// functions would be shared.
 #pragma once
 
 #include <cmath>
@@ -209,9 +210,11 @@ FA_INLINE Vec operator+(Vec a, Vec b) { FA_EACH_LANE(a.x[i] + b.x[i]); }
 FA_INLINE Vec operator-(Vec a, Vec b) { FA_EACH_LANE(a.x[i] - b.x[i]); }
 FA_INLINE Vec operator*(Vec a, Vec b) { FA_EACH_LANE(a.x[i] * b.x[i]); }
 FA_INLINE Vec operator/(Vec a, Vec b) { FA_EACH_LANE(a.x[i] / b.x[i]); }
-FA_INLINE Vec multiply_add(Vec a, Vec b, Vec c) { FA_EACH_LANE(std::fma(a.x[i], b.x[i], c.x[i])); }
+FA_INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
+  FA_EACH_LANE(__builtin_fmaf(a.x[i], b.x[i], c.x[i]));
+}
 FA_INLINE Vec maximum(Vec a, Vec b) { FA_EACH_LANE(a.x[i] > b.x[i] ? a.x[i] : b.x[i]); }
-FA_INLINE Vec absolute(Vec a) { FA_EACH_LANE(std::fabs(a.x[i])); }
+FA_INLINE Vec absolute(Vec a) { FA_EACH_LANE(__builtin_fabsf(a.x[i])); }
 FA_INLINE Vec select_less(Vec a, Vec b, Vec yes, Vec no) {
   FA_EACH_LANE(a.x[i] < b.x[i] ? yes.x[i] : no.x[i]);
 }
