@@ -20,6 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.child import answer_of
+from benchmarks.records import (
+    ROOT,
+    gpu_provenance,
+    read_record,
+    results_path,
+    source_digest,
+    write_record,
+)
 
 MODES = ("deterministic", "standard")
 TARGET = 1.01  # a change of numerics may cost a percent
@@ -65,9 +73,12 @@ def compare(turns: list[dict[str, dict[str, dict[str, float]]]]) -> list[dict[st
 
 
 def render(record: dict[str, Any]) -> str:
+    other = record["other"]
+    if "other_digest" in record:  # a folder's name says little
+        other += f" (sources {record['other_digest'][:12]})"
     lines = [
         f"{record['gpu']}, torch {record['versions']['torch']}, {record['date']}: this build "
-        f"(sources {record['digest'][:12]}) against {record['other']}, {record['turns']} turns; "
+        f"(sources {record['digest'][:12]}) against {other}, {record['turns']} turns; "
         f"medians in microseconds, target {TARGET:g}.",
         "",
         "| case | other, deterministic | this | this / other (range) | standard: this / other |",
@@ -92,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.render:
-        print(render(json.loads(options.render.read_text())))
+        print(render(read_record(options.render)))
         return 0
     if options.other is None:
         parser.error("names no tree to compare with")
@@ -103,9 +114,6 @@ def main(arguments: list[str] | None = None) -> int:
     import torch
     from tqdm.auto import tqdm
 
-    from benchmarks.bench_attention import ROOT, write_record
-    from benchmarks.bench_gpu import provenance, results_folder
-
     if not torch.cuda.is_available():
         parser.error("needs a GPU; --render prints what was measured on one")
     parts = [options.only] if options.only else ["prefill", "decode", "backward"]
@@ -114,11 +122,12 @@ def main(arguments: list[str] | None = None) -> int:
     for turn in tqdm(range(options.turns), unit="turn"):
         order = list(trees) if turn % 2 == 0 else list(reversed(trees))
         turns.append({build: in_a_process(trees[build], parts) for build in order})
-    record = provenance("python -m benchmarks.alternate")
-    record |= {"other": options.other.name, "turns": options.turns, "cases": compare(turns)}
+    record = gpu_provenance("python -m benchmarks.alternate")
+    record |= {"other": trees["other"].name, "other_digest": source_digest(trees["other"])}
+    record |= {"turns": options.turns, "cases": compare(turns)}
     print(render(record))
     if not options.only:
-        path = results_folder() / "alternate.json"
+        path = results_path(record, "alternate.json")
         write_record(path, record)
         print(f"\nrecorded in {path}")
     return 0

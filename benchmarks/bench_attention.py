@@ -16,12 +16,7 @@ modes were found at most twice as far from float64 as SDPA.
 from __future__ import annotations
 
 import argparse
-import datetime
-import hashlib
-import json
 import os
-import platform
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -33,11 +28,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from tqdm.auto import tqdm
 
-import flash_attn
 from benchmarks.cases import CASES, QUICK, Case
+from benchmarks.records import cpu_provenance, origin, read_record, results_path, write_record
 from flash_attn import determinism, flash_attn_func
-
-ROOT = Path(__file__).resolve().parent.parent
 
 # Targets: SDPA's time over ours (deterministic mode), and deterministic over standard.
 MIN_SPEEDUP = {"prefill": 1.0, "decode": 2.0}
@@ -45,51 +38,6 @@ MAX_PRICE = 1.03
 
 MIN_TURNS, MAX_TURNS = 7, 200
 MIN_SAMPLE_S = 0.002  # a shorter call is repeated within one sample
-
-
-def cpu_name() -> str:
-    """The processor's name as the system gives it."""
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
-    except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()
-
-
-def results_folder(machine: str) -> Path:
-    """results/<machine>, a word without spaces."""
-    return ROOT / "results" / re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
-
-
-def source_digest() -> str:
-    """sha256 over names and contents of csrc/ and flash_attn/: what was measured."""
-    digest = hashlib.sha256()
-    for folder in ("csrc", "flash_attn"):
-        for path in sorted((ROOT / folder).rglob("*")):
-            if path.suffix in {".h", ".cpp", ".cuh", ".cu", ".py"}:
-                digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0")
-                digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def provenance(command: str, **machine: Any) -> dict[str, Any]:
-    """What a record of a measurement starts with."""
-    return {
-        "command": command,
-        "date": datetime.date.today().isoformat(),
-        **machine,
-        "versions": {
-            "flash_attn": flash_attn.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        "digest": source_digest(),
-    }
-
-
-def write_record(path: Path, record: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def make_inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
@@ -229,12 +177,8 @@ def verdict(row: dict[str, Any]) -> str:
 
 def render(record: dict[str, Any]) -> str:
     """The record as Markdown: a line about the machine, one table a kind, one line of counts."""
-    versions, rows = record["versions"], record["cases"]
-    lines = [
-        f"{record['cpu']}, {record['threads']} threads, torch {versions['torch']}, "
-        f"{record['date']}, sources {record['digest'][:12]}. "
-        "Microseconds are medians (p20..p80).",
-    ]
+    rows = record["cases"]
+    lines = [f"{origin(record)}. Microseconds are medians (p20..p80)."]
     for kind, target in MIN_SPEEDUP.items():
         chosen = [row for row in rows if row["kind"] == kind]
         if not chosen:
@@ -274,7 +218,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--render", type=Path, help="print the table of a recorded run and stop")
     options = parser.parse_args(arguments)
     if options.render:
-        print(render(json.loads(options.render.read_text())))
+        print(render(read_record(options.render)))
         return 0
 
     cases = [case for case in (QUICK if options.quick else CASES) if options.filter in case.name]
@@ -287,16 +231,12 @@ def main(arguments: list[str] | None = None) -> int:
         for case in progress:
             progress.set_postfix_str(case.name)
             rows.append(measure(case, budget_s=0.3 if options.quick else options.seconds))
-    record = provenance(
-        "python -m benchmarks.bench_attention",
-        cpu=cpu_name(),
-        threads=torch.get_num_threads(),
-        isa=os.environ.get("FLASH_ATTN_CPU_ISA", "best of the machine"),
-    )
+    record = cpu_provenance("python -m benchmarks.bench_attention")
+    record["isa"] = os.environ.get("FLASH_ATTN_CPU_ISA", "best of the machine")
     record["cases"] = rows
     print(render(record))
     whole = not (options.quick or options.filter)
-    path = options.json or (results_folder(cpu_name()) / "bench.json" if whole else None)
+    path = options.json or (results_path(record, "bench.json") if whole else None)
     if path:
         write_record(path, record)
         print(f"\nrecorded in {path}")

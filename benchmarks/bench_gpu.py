@@ -12,33 +12,18 @@ is written after each part, so that a run cut short keeps what it has.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from benchmarks import bench_attention
-from benchmarks.bench_attention import write_record
 from benchmarks.gpu.attentions import attentions
 from benchmarks.gpu.cases import MEMORY, TIMED
 from benchmarks.gpu.memory import measure_memory
 from benchmarks.gpu.tables import render
 from benchmarks.gpu.timing import time_case
-
-
-def results_folder() -> Path:
-    """results/<gpu-name>, a word without spaces."""
-    return bench_attention.results_folder(torch.cuda.get_device_name())
-
-
-def provenance(command: str) -> dict[str, Any]:
-    """What a record of this GPU starts with."""
-    record = bench_attention.provenance(command, gpu=torch.cuda.get_device_name())
-    record["versions"]["cuda"] = torch.version.cuda
-    return record
+from benchmarks.records import gpu_provenance, read_record, results_path, write_record
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -49,14 +34,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--render", type=Path, help="print the tables of a recorded run and stop")
     options = parser.parse_args(arguments)
     if options.render:
-        print(render(json.loads(options.render.read_text())))
+        print(render(read_record(options.render)))
         return 0
     if not torch.cuda.is_available():
         parser.error("needs a GPU; --render prints what was measured on one")
 
     parts = [options.only] if options.only else [*TIMED, "memory"]
-    path = options.json or (None if options.only else results_folder() / "bench.json")
-    record = provenance("python -m benchmarks.bench_gpu")
+    record = gpu_provenance("python -m benchmarks.bench_gpu")
+    path = options.json or (None if options.only else results_path(record, "bench.json"))
     record |= {"cases": [], "memory": []}
     candidates = attentions()
     with tqdm(total=sum(len(TIMED.get(part, MEMORY)) for part in parts), unit="case") as progress:

@@ -20,7 +20,8 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.records import ROOT
+
 BLOCK = re.compile(r"<!-- output of: (.*?) -->\n(.*?)<!-- end -->", re.DOTALL)
 FENCED = re.compile(r"\s*```(\w*)\n(.*?)```\s*", re.DOTALL)
 

@@ -11,7 +11,6 @@ failures or without; the exit status is pytest's.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -23,9 +22,14 @@ from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks.bench_attention import ROOT, write_record
-from benchmarks.bench_gpu import provenance, results_folder
-from benchmarks.gpu.tables import origin
+from benchmarks.records import (
+    ROOT,
+    gpu_provenance,
+    origin,
+    read_record,
+    results_path,
+    write_record,
+)
 
 SLOWEST = 10
 
@@ -86,13 +90,13 @@ def main(arguments: list[str] | None = None) -> int:
     options, selection = parser.parse_known_args(arguments)
     if options.render:
         if options.render.exists():
-            print(render(json.loads(options.render.read_text())))
+            print(render(read_record(options.render)))
         return 0
     status, found = run(options.processes, selection)
     if found and not selection:
-        record = provenance("python -m benchmarks.gpu_suite")
+        record = gpu_provenance("python -m benchmarks.gpu_suite")
         record |= {"processes": options.processes} | found
-        path = results_folder() / "tests.json"
+        path = results_path(record, "tests.json")
         write_record(path, record)
         print(f"recorded in {path}")
     return status

@@ -13,7 +13,6 @@ give it back. Writes results/<machine>/host_time.json.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -25,7 +24,14 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from tqdm.auto import tqdm
 
-from benchmarks.bench_attention import cpu_name, provenance, results_folder, write_record
+from benchmarks.records import (
+    cpu_provenance,
+    gpu_provenance,
+    origin,
+    read_record,
+    results_path,
+    write_record,
+)
 from flash_attn import (
     determinism,
     flash_attn_func,
@@ -128,10 +134,8 @@ def measure(device: str, turns: int = TURNS, repeats: int = CALLS) -> list[dict[
 
 
 def render(record: dict[str, Any]) -> str:
-    where = record.get("gpu") or f"{record['cpu']}, {record['threads']} threads"
     lines = [
-        f"{where}, torch {record['versions']['torch']}, {record['date']}, sources "
-        f"{record['digest'][:12]}. Microseconds of the host a call, medians.",
+        f"{origin(record)}. Microseconds of the host a call, medians.",
         "",
         "| call | deterministic | standard | SDPA | deterministic / SDPA (target) | verdict |",
         "|---|---|---|---|---|---|",
@@ -152,19 +156,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--render", type=Path, help="print the table of a recorded run and stop")
     options = parser.parse_args(arguments)
     if options.render:
-        print(render(json.loads(options.render.read_text())))
+        print(render(read_record(options.render)))
         return 0
     on_gpu = options.device == "cuda"
     if on_gpu and not torch.cuda.is_available():
         parser.error("needs a GPU; --render prints what was measured on one")
     if not on_gpu:
         torch.set_num_threads(1)  # the host's time, not that of waking other threads
-    name = torch.cuda.get_device_name() if on_gpu else cpu_name()
-    machine = {"gpu": name} if on_gpu else {"cpu": name, "threads": torch.get_num_threads()}
-    record = provenance("python -m benchmarks.host_time", **machine)
+    provenance = gpu_provenance if on_gpu else cpu_provenance
+    record = provenance("python -m benchmarks.host_time")
     record["calls"] = measure(options.device)
     print(render(record))
-    path = results_folder(name) / "host_time.json"
+    path = results_path(record, "host_time.json")
     write_record(path, record)
     print(f"\nrecorded in {path}")
     return 0

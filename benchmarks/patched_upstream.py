@@ -12,7 +12,6 @@ on and off, and what the mode costs. Writes results/<gpu>/patched_upstream.json.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -23,10 +22,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.child import answer_of
+from benchmarks.records import (
+    ROOT,
+    gpu_provenance,
+    origin,
+    read_record,
+    results_path,
+    write_record,
+)
 from patches import apply
 
-ROOT = Path(__file__).resolve().parents[1]
-CHILD = ROOT / "benchmarks/gpu/either_package.py"
 LEFT_OUT = ("ALIBI", "SOFTCAP", "LOCAL", "UNEVEN_K")
 
 
@@ -92,7 +97,8 @@ def build(tree: Path, objects: Path) -> Path:
 
 def measure(folder: Path, library: Path | None = None) -> dict[str, Any]:
     """What either_package.py finds, in a process of its own."""
-    command = [sys.executable, str(CHILD), str(folder), *([str(library)] if library else [])]
+    command = [sys.executable, "-m", "benchmarks.gpu.either_package", str(folder)]
+    command += [str(library)] if library else []
     found: dict[str, Any] = answer_of(command, str(folder))
     return found
 
@@ -123,8 +129,7 @@ def failures(record: dict[str, Any]) -> list[str]:
 def render(record: dict[str, Any]) -> str:
     patched, ours = record["patched"], record["ours"]
     lines = [
-        f"{record['gpu']}, torch {record['versions']['torch']}, {record['date']}, sources "
-        f"{record['digest'][:12]}: {record['source']}, patched, and this package.",
+        f"{origin(record)}: {record['source']}, patched, and this package.",
         "",
         "| 8 = 4 + 4 = 1: bytes that differ, d 64 and 128, fp16 and bf16 "
         "| patched, on | patched, off | this package, on |",
@@ -169,14 +174,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--render", type=Path, help="print the tables of a recorded run and stop")
     options = parser.parse_args(arguments)
     if options.render:
-        print(render(json.loads(options.render.read_text())))
+        print(render(read_record(options.render)))
         return 0
     if options.source is None:
         parser.error("names no source archive")
     import torch
-
-    from benchmarks.bench_attention import write_record
-    from benchmarks.bench_gpu import provenance, results_folder
 
     if not torch.cuda.is_available():
         parser.error("needs a GPU; --render prints what was measured on one")
@@ -184,11 +186,11 @@ def main(arguments: list[str] | None = None) -> int:
         tree = apply.unpack(options.source, Path(folder))
         apply.apply(tree)
         patched = measure(tree, build(tree, Path(folder)))
-    record = provenance("python -m benchmarks.patched_upstream")
+    record = gpu_provenance("python -m benchmarks.patched_upstream")
     record |= {"source": apply.DIGESTS["source"], "patches": digest_of_patches()}
     record |= {"patched": patched, "ours": measure(ROOT)}
     print(render(record))
-    path = results_folder() / "patched_upstream.json"
+    path = results_path(record, "patched_upstream.json")
     write_record(path, record)
     print(f"\nrecorded in {path}")
     wrong = failures(record)

@@ -10,11 +10,12 @@ deterministic mode, a dot a case, with the median of each kind.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
+
+from benchmarks.records import read_record
 
 # One color a side, in both panels; readable in grey and for the color-blind.
 UPSTREAM, STANDARD, DETERMINISTIC = "#b0b0b0", "#e69f00", "#0072b2"
@@ -51,8 +52,8 @@ def draw(folder: Path, to: Path) -> None:
     matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "flash_attn", "font.size": 9}
     from matplotlib import pyplot
 
-    patched = json.loads((folder / "patched_upstream.json").read_text())
-    bench = json.loads((folder / "bench.json").read_text())
+    patched = read_record(folder / "patched_upstream.json")
+    bench = read_record(folder / "bench.json")
     differing, faster = bytes_that_differ(patched), speeds(bench)
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.6, 3.6), width_ratios=(3, 2))
 

@@ -23,8 +23,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from benchmarks.bench_attention import ROOT, write_record
-from benchmarks.bench_gpu import provenance, results_folder
+from benchmarks.records import ROOT, gpu_provenance, results_path, write_record
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 TIMEOUT_S = 170
@@ -138,9 +137,9 @@ def main(arguments: list[str] | None = None) -> int:
         )
     if not options.only:
         version = subprocess.run([program, "--version"], capture_output=True, text=True).stdout
-        record = provenance("python -m benchmarks.sanitize")
+        record = gpu_provenance("python -m benchmarks.sanitize")
         record["versions"]["compute-sanitizer"] = re.findall(r"Version (\S+)", version)[-1]
-        path = results_folder() / "sanitize.json"
+        path = results_path(record, "sanitize.json")
         write_record(path, record | {"tools": rows})
         print(f"recorded in {path}")
     return 0 if all(map(clean, rows)) else 1

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
-from benchmarks import alternate, bench_gpu, gpu_suite, sanitize, sanitized_calls
+from benchmarks import alternate, bench_gpu, gpu_suite, records, sanitize, sanitized_calls
 from benchmarks.cases import Case
 from benchmarks.child import answer_of
 from benchmarks.gpu import cases, memory
@@ -292,8 +292,10 @@ def recorded_suite(tmp_path, monkeypatch):
     """main() in a folder of its own, of a small suite; its exit status and tests.json."""
     (tmp_path / "test_small.py").write_text(SMALL_SUITE)
     monkeypatch.setattr(gpu_suite, "ROOT", tmp_path)
-    monkeypatch.setattr(gpu_suite, "results_folder", lambda: tmp_path / "results")
-    monkeypatch.setattr(gpu_suite, "provenance", lambda command: {**MACHINE, "digest": "0" * 64})
+    monkeypatch.setattr(gpu_suite, "results_path", lambda _, name: tmp_path / "results" / name)
+    monkeypatch.setattr(
+        gpu_suite, "gpu_provenance", lambda command: {**MACHINE, "digest": "0" * 64}
+    )
 
     def record(*arguments):
         return gpu_suite.main(["--processes", "2", *arguments]), tmp_path / "results/tests.json"
@@ -358,8 +360,31 @@ def test_builds_are_compared_turn_by_turn():
     slower = [turn(103.0, 100.0), turn(154.5, 150.0), turn(203.0, 200.0)]
     (row,) = alternate.compare(slower)
     assert row["deterministic"]["ratio"] == 1.03
-    table = alternate.render({**record(), "other": "before", "turns": 3, "cases": [row]})
+    compared = {**record(), "other": "before", "turns": 3, "cases": [row]}
+    table = alternate.render(compared)
     assert "| 1.030 (1.015..1.030) |" in table and "0 of 1 cases reach the target" in table
+    assert "against before, 3 turns" in table
+    table = alternate.render(compared | {"other_digest": "ab" * 32})
+    assert "against before (sources abababababab), 3 turns" in table
+
+
+def test_the_other_build_is_known_by_its_sources(tmp_path):
+    """The same sources in another folder have one digest; a changed byte has another."""
+    for folder in ("a", "b"):
+        (tmp_path / folder / "csrc").mkdir(parents=True)
+        (tmp_path / folder / "csrc/x.h").write_text("int x;\n")
+    a, b = (records.source_digest(tmp_path / folder) for folder in ("a", "b"))
+    assert a == b
+    (tmp_path / "b/csrc/x.h").write_text("int y;\n")
+    assert records.source_digest(tmp_path / "b") != a
+
+
+def test_what_times_another_build_does_not_bring_this_one():
+    code = "import sys, benchmarks.alternate, benchmarks.gpu.instruments; "
+    code += "print('flash_attn' in sys.modules)"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 def test_a_measurement_in_a_process_answers_or_says_why():

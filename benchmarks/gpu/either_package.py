@@ -1,6 +1,6 @@
 """What both packages called flash_attn are measured on; run by benchmarks.patched_upstream.
 
-    python benchmarks/gpu/either_package.py FOLDER [LIBRARY]
+    python -m benchmarks.gpu.either_package FOLDER [LIBRARY]
 
 FOLDER holds the package; LIBRARY is the extension module of one that is not installed, of which a
 reduced build lacks functions that nobody calls here. Prints one line of JSON: calls that gave other
@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from benchmarks.gpu.instruments import as_graph, beyond_results, do_bench
 
 MODES = {"deterministic": True, "standard": False}
 HEAD_DIMS, DTYPES = (64, 128), (torch.float16, torch.bfloat16)
@@ -47,7 +49,7 @@ def load(folder: str, library: str | None) -> Any:
         spec.loader.exec_module(module)
         sys.modules["flash_attn_2_cuda"] = module
         sys.setdlopenflags(before)
-    sys.path[0] = folder  # instead of this file's own
+    sys.path[0] = folder  # instead of this project's
     with contextlib.redirect_stdout(io.StringIO()):
         import flash_attn
     where = os.path.realpath(flash_attn.__file__)
@@ -195,8 +197,6 @@ def prepare(package: Any, case: tuple[Any, ...]) -> Any:
 
 
 def time_cases(package: Any) -> list[dict[str, Any]]:
-    from triton import testing  # only where there is a GPU
-
     rows = []
     for case in TIMED:
         call, check = prepare(package, case)
@@ -204,33 +204,22 @@ def time_cases(package: Any) -> list[dict[str, Any]]:
         for mode, enabled in MODES.items():
             package.set_deterministic(enabled)
             check()
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()  # as engines decode: the host is not measured
-            with torch.cuda.graph(graph):
-                call()
-            runs[mode] = graph
+            runs[mode] = as_graph(call)  # as engines decode: the host is not measured
         times: dict[str, list[float]] = {mode: [] for mode in MODES}
         for _ in range(TURNS):
-            for mode, graph in runs.items():
-                ms = testing.do_bench(graph.replay, warmup=50, rep=50, return_mode="median")
-                times[mode].append(1e3 * ms)
+            for mode, replay in runs.items():
+                times[mode].append(1e3 * do_bench(replay))
         rows.append({"case": case} | {m: round(sorted(t)[TURNS // 2], 1) for m, t in times.items()})
     return rows
 
 
 def scratch(package: Any) -> dict[str, float]:
-    """Mebibytes at the peak of a call beyond what was there before and what it returns."""
+    """Mebibytes by mode."""
     found = {}
     call, _ = prepare(package, MEMORY)
     for mode, enabled in MODES.items():
         package.set_deterministic(enabled)
-        call()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        out = call()
-        peak = torch.cuda.max_memory_allocated() - before - out.numel() * out.element_size()
-        found[mode] = round(peak / 2**20, 2)
+        found[mode] = beyond_results(lambda: (call(),))
     return found
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,18 +10,7 @@ from torch import Tensor
 
 from benchmarks.gpu.attentions import Attention
 from benchmarks.gpu.cases import MemoryCase
-
-
-def beyond_results(call: Callable[[], tuple[Tensor, ...]]) -> float:
-    """Mebibytes at the peak of a call, less what was there before and what it returns."""
-    call()  # what a library allocates once and keeps is not this call's
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    results = call()
-    peak = torch.cuda.max_memory_allocated()
-    returned = sum(x.numel() * x.element_size() for x in results)
-    return round((peak - before - returned) / 2**20, 2)
+from benchmarks.gpu.instruments import beyond_results
 
 
 def forward(attention: Attention, case: MemoryCase, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

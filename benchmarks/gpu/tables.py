@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.records import origin
+
 # The names that the record uses, as columns; a peer that never ran gets none.
 TITLES = {
     "deterministic": "deterministic",
@@ -112,14 +114,6 @@ def _memory_table(rows: list[dict[str, Any]]) -> list[str]:
         for row in rows
     ]
     return _table(header, body)
-
-
-def origin(record: dict[str, Any]) -> str:
-    """Where and when a record was made, and of which sources."""
-    return (
-        f"{record['gpu']}, torch {record['versions']['torch']}, {record['date']}, "
-        f"sources {record['digest'][:12]}"
-    )
 
 
 def render(record: dict[str, Any]) -> str:

@@ -20,36 +20,15 @@ from torch import Tensor
 from benchmarks.bench_attention import quantile
 from benchmarks.cases import Case
 from benchmarks.gpu.attentions import OURS, Attention
+from benchmarks.gpu.instruments import as_graph, do_bench
 
 TURNS = 5
-WARMUP_MS, SAMPLE_MS = 100, 50
 
 # Two 16-bit results of one problem differ by about 0.002 of their norm; one wrong tile of 64 rows
 # in the longest case is 0.016 of it.
 MAX_NORM_ERROR, MAX_ERROR = 0.01, 0.03
 
 Clock = Callable[[Callable[[], Any]], float]
-
-
-def do_bench(call: Callable[[], Any]) -> float:
-    """Median milliseconds of a call."""
-    from triton import testing  # only where there is a GPU
-
-    median: float = testing.do_bench(call, warmup=WARMUP_MS, rep=SAMPLE_MS, return_mode="median")
-    return median
-
-
-def as_graph(call: Callable[[], Any]) -> Callable[[], Any]:
-    """A call that has run before, without its host side."""
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-
-    def replay(_kept: Any = call) -> None:  # the graph reads the call's tensors, and owns none
-        graph.replay()
-
-    return replay
 
 
 def disagreement(actual: Tensor, expected: Tensor) -> str:
