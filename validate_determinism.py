@@ -93,7 +93,7 @@ def environment(device: str) -> dict[str, str]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "device": hardware,
-        "kernels": f"family {plan.family} ({plan.instruction_set}), {plan.block} keys a block,"
+        "kernels": f"{plan.kernels}, {plan.block} keys a block,"
         f" {plan.boundaries[1]} keys in the first segment",
     }
 

@@ -16,10 +16,10 @@ from torch import Tensor
 
 BLOCK, KEYS, ROWS, D = 64, 2048, 64, 64
 LATE = 3.0  # how far above, where a reference moves late
-SLACK, NEAR = 4.0, 4.0  # kSm80Slack, kSm80Near of csrc/core/contract.h
+SLACK, NEAR = 4.0, 4.0  # of GpuOrder in csrc/core/contract.h
 
 # FlashAttention-2's, which moves to every higher score; to the next integer or to the score itself,
-# when it lies more than LATE above; and that of the sm80 family.
+# when it lies more than LATE above; and that of the GPU contract.
 RULES = ("running maximum", "ceiling, late", "maximum, late", "ours")
 PEAKED = ("one key", "a sink", "two keys", "two keys apart", "three keys", "two in a block")
 KINDS = (*PEAKED, "normal")

@@ -89,62 +89,79 @@ void append(Tensor q, OptionalTensor q_rotated, Tensor k_new, Tensor v_new, Tens
        q.get_device_index());
 }
 
-// fields (7): tile rows, tiles, segments of the longest sequence, pieces, split extent (0: the
-// ladder), threads or multiprocessors, keys a block. The schedule that forward() would choose: on
-// this CPU, or (num_multiprocessors > 0) on such a GPU, where index tensors are not read.
-void plan(Tensor fields, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
-          OptionalTensor seqused_k, OptionalTensor leftpad_k, int64_t b, int64_t s_q, int64_t s_k,
-          int64_t h_q, int64_t h_kv, int64_t d, int64_t total_q, int64_t num_splits,
-          bool deterministic, int64_t num_multiprocessors) {
+// What a plan says, in the order of flash_attn/_plan.py.
+struct PlanFields {
+  int64_t tile_rows, tiles, segments, pieces, split_extent, processors, block_keys;
+};
+
+PlanFields plan_on_cpu(fa::ForwardParams const& params) {
+  int64_t const threads = torch_threads().num_threads;
+  fa::cpu::ForwardPlan const plan = fa::cpu::plan_forward(params, threads);
+  return {.tile_rows = plan.tile_rows,
+          .tiles = plan.num_tiles,
+          .segments = plan.num_segments,
+          .pieces = plan.pieces,
+          .split_extent = plan.segmentation.extent,
+          .processors = threads,
+          .block_keys = fa::contract::CpuOrder::kBlockKeys};
+}
+
+#if defined(FLASH_ATTN_WITH_CUDA)
+PlanFields plan_on_gpu(fa::ForwardParams const& params, fa::gpu::KernelSet const& kernels,
+                       fa::gpu::Multiprocessors const& multiprocessors) {
+  fa::gpu::ForwardPlan const plan = kernels.plan_forward(params, multiprocessors);
+  return {.tile_rows = plan.tile_rows,
+          .tiles = plan.work / plan.pieces,
+          .segments = plan.num_segments,
+          .pieces = plan.pieces,
+          .split_extent = plan.segmentation.extent,
+          .processors = multiprocessors.count,
+          .block_keys = fa::contract::GpuOrder::kBlockKeys};
+}
+#endif
+
+// fields (7) = the schedule that forward() would choose for a call on GPU `device`, or below zero
+// on this CPU; returns the kernels that it would run. The tensors may be meta tensors.
+std::string plan(Tensor fields, Tensor q, Tensor k, Tensor v, Tensor lse,
+                 OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor seqused_k,
+                 OptionalTensor leftpad_k, OptionalTensor cache_batch_idx,
+                 OptionalTensor block_table, OptionalTensor alibi_slopes, int64_t max_seqlen_q,
+                 int64_t max_seqlen_k, double softmax_scale, double softcap, double dropout_p,
+                 int64_t num_splits, bool deterministic, int64_t device) {
+  static_assert(sizeof(PlanFields) == 7 * sizeof(int64_t));
   STD_TORCH_CHECK(fields.is_cpu() && fields.scalar_type() == ScalarType::Long &&
                       fields.dim() == 1 && fields.size(0) == 7,
                   "flash_attn: a plan is written to seven int64 on the CPU");
-  if (num_multiprocessors == 0)
-    check_device_of(fields, {&cu_seqlens_q, &cu_seqlens_k, &seqused_k, &leftpad_k});
-  fa::ForwardParams params;
-  params.layout.cu_seqlens_q = data_or_null<int32_t>(cu_seqlens_q);
-  params.layout.cu_seqlens_k = data_or_null<int32_t>(cu_seqlens_k);
-  params.layout.seqused_k = data_or_null<int32_t>(seqused_k);
-  params.layout.leftpad_k = data_or_null<int32_t>(leftpad_k);
-  params.layout.b = b;
-  params.layout.s_q = s_q;
-  params.layout.s_k = s_k;
-  params.layout.h_q = h_q;
-  params.layout.h_kv = h_kv;
-  params.layout.d = d;
-  params.layout.lse_batch_stride = cu_seqlens_q ? 0 : h_q * s_q;
-  params.layout.lse_head_stride = cu_seqlens_q ? total_q : s_q;
-  params.plan = {deterministic, num_splits};
-  int64_t* const field = static_cast<int64_t*>(fields.data_ptr());
-#if defined(FLASH_ATTN_WITH_CUDA)
-  if (num_multiprocessors > 0) {
-    fa::sm80::ForwardPlan const chosen = fa::sm80::plan_forward(params, {num_multiprocessors});
-    field[0] = chosen.tile_rows;
-    field[1] = chosen.tiles * h_kv * b;
-    field[2] = chosen.num_segments;
-    field[3] = chosen.pieces;
-    field[4] = chosen.segmentation.extent;
-    field[5] = num_multiprocessors;
-    field[6] = fa::contract::kSm80BlockKeys;
-    return;
+  ForwardCall call{.q = q, .k = k, .v = v, .out = q, .lse = lse};
+  call.cu_seqlens_q = cu_seqlens_q, call.cu_seqlens_k = cu_seqlens_k;
+  call.seqused_k = seqused_k, call.leftpad_k = leftpad_k;
+  call.cache_batch_idx = cache_batch_idx, call.block_table = block_table;
+  call.alibi_slopes = alibi_slopes;
+  call.max_seqlen_q = max_seqlen_q, call.max_seqlen_k = max_seqlen_k;
+  call.softmax_scale = softmax_scale, call.softcap = softcap, call.dropout_p = dropout_p;
+  call.num_splits = num_splits, call.deterministic = deterministic;
+  fa::ForwardParams const params = call.params();
+  auto* const written = static_cast<PlanFields*>(fields.data_ptr());
+  if (device < 0) {
+    *written = plan_on_cpu(params);
+    return fa::cpu::selected_kernels().isa;
   }
+#if defined(FLASH_ATTN_WITH_CUDA)
+  fa::gpu::Multiprocessors const& multiprocessors =
+      fa::gpu::multiprocessors_of(static_cast<int>(device));
+  fa::gpu::KernelSet const& kernels =
+      fa::dispatch::kernel_set(fa::gpu::kind_of(params, multiprocessors.capability));
+  *written = plan_on_gpu(params, kernels, multiprocessors);
+  return std::string(kernels.name) + " (" + kernels.instructions + ")";
+#else
+  STD_TORCH_CHECK(false, "flash_attn: built without NVIDIA kernels");
 #endif
-  STD_TORCH_CHECK(num_multiprocessors == 0, "flash_attn: built without NVIDIA kernels");
-  int64_t const num_threads = torch_threads().num_threads;
-  fa::cpu::ForwardPlan const chosen = fa::cpu::plan_forward(params, num_threads);
-  field[0] = chosen.tile_rows;
-  field[1] = chosen.num_tiles;
-  field[2] = chosen.num_segments;
-  field[3] = chosen.pieces;
-  field[4] = chosen.segmentation.extent;
-  field[5] = num_threads;
-  field[6] = fa::contract::kCpuBlockKeys;
 }
 
 // Raises the fault that earlier calls on a GPU have left, if any; does not wait for it.
 void check_device(int64_t device) {
 #if defined(FLASH_ATTN_WITH_CUDA)
-  fa::sm80::raise_fault(static_cast<int>(device));
+  fa::gpu::raise_fault(static_cast<int>(device));
 #else
   static_cast<void>(device);
 #endif
@@ -160,8 +177,8 @@ std::string cuda_archs() {
 }
 
 int64_t segment_begin(int64_t segment, bool on_gpu) {
-  return on_gpu ? fa::contract::segment_begin<fa::contract::Sm80Ladder>(segment)
-                : fa::contract::segment_begin<fa::contract::CpuLadder>(segment);
+  return on_gpu ? fa::contract::segment_begin<fa::contract::GpuOrder>(segment)
+                : fa::contract::segment_begin<fa::contract::CpuOrder>(segment);
 }
 
 std::string cpu_isa() { return fa::cpu::selected_kernels().isa; }
@@ -194,10 +211,11 @@ STABLE_TORCH_LIBRARY(flash_attn_native, m) {
       "Tensor? rotary_sin, "
       "bool interleaved, bool rotate_by_position) -> ()");
   m.def(
-      "plan(Tensor(a!) fields, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_k, "
-      "Tensor? leftpad_k, "
-      "int b, int s_q, int s_k, int h_q, int h_kv, int d, int total_q, int num_splits, bool "
-      "deterministic, int num_multiprocessors) -> ()");
+      "plan(Tensor(a!) fields, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor? cu_seqlens_q, "
+      "Tensor? cu_seqlens_k, Tensor? seqused_k, Tensor? leftpad_k, Tensor? cache_batch_idx, "
+      "Tensor? block_table, Tensor? alibi_slopes, int max_seqlen_q, int max_seqlen_k, "
+      "float softmax_scale, float softcap, float dropout_p, int num_splits, bool deterministic, "
+      "int device) -> str");
   m.def("check_device(int device) -> ()");
   m.def("cuda_archs() -> str");
   m.def("segment_begin(int segment, bool on_gpu) -> int");

@@ -54,8 +54,8 @@ T* data_or_null(OptionalTensor const& t) {
   return t.has_value() ? static_cast<T*>(t->data_ptr()) : nullptr;
 }
 
-inline fa::LayoutParams layout_of(Tensor const& q, Tensor const& k, Tensor const& lse,
-                                  OptionalTensor const& cu_seqlens_q,
+inline fa::LayoutParams layout_of(Tensor const& q, Tensor const& k, Tensor const& v,
+                                  Tensor const& lse, OptionalTensor const& cu_seqlens_q,
                                   OptionalTensor const& cu_seqlens_k,
                                   OptionalTensor const& seqused_k, OptionalTensor const& leftpad_k,
                                   OptionalTensor const& cache_batch_idx,
@@ -74,6 +74,7 @@ inline fa::LayoutParams layout_of(Tensor const& q, Tensor const& k, Tensor const
   layout.h_q = q.size(q.dim() - 2);
   layout.h_kv = k.size(k.dim() - 2);
   layout.d = q.size(q.dim() - 1);
+  layout.d_v = v.size(v.dim() - 1);
   layout.total_q = cu_seqlens_q ? q.size(0) : q.size(1);
   layout.total_k = block_table ? block_table->size(1) * k.size(1) : k.size(k.dim() - 3);
   // The largest lengths are bounds of a caller's, which may be any number.
@@ -135,7 +136,7 @@ struct ForwardCall {
   fa::ForwardParams params() const {
     fa::ForwardParams p;
     p.dtype = dtype_of(q);
-    p.layout = layout_of(q, k, lse, cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k,
+    p.layout = layout_of(q, k, v, lse, cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k,
                          cache_batch_idx, block_table, max_seqlen_q, max_seqlen_k);
     p.score = score_of(alibi_slopes, seed, softmax_scale, causal, window_left, window_right,
                        softcap, dropout_p);
@@ -171,7 +172,7 @@ struct BackwardCall {
   fa::BackwardParams params() const {
     fa::BackwardParams p;
     p.dtype = dtype_of(q);
-    p.layout = layout_of(q, k, lse, cu_seqlens_q, cu_seqlens_k, std::nullopt, std::nullopt,
+    p.layout = layout_of(q, k, v, lse, cu_seqlens_q, cu_seqlens_k, std::nullopt, std::nullopt,
                          std::nullopt, std::nullopt, max_seqlen_q, max_seqlen_k);
     p.layout.caller = fa::Caller::kVarlenBackward;
     p.score = score_of(alibi_slopes, rng_state, softmax_scale, causal, window_left, window_right,
@@ -201,6 +202,7 @@ inline fa::AppendParams append_params(
   params.h_q = q.size(2);
   params.h_kv = k_new.size(2);
   params.d = q.size(3);
+  params.d_v = v_new.size(3);
   params.q = row_tensor(q);
   params.k_new = row_tensor(k_new);
   params.v_new = row_tensor(v_new);

@@ -11,19 +11,37 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
-#include "csrc/sm80/family.h"
-#include "csrc/sm80/faults.h"
+#include "csrc/dispatch.h"
+#include "csrc/gpu/append.h"
+#include "csrc/gpu/faults.h"
+#include "csrc/gpu/features.h"
 #endif
 
 namespace fa::torch_side {
 
+// The CPU kernels have one head dim.
+inline void check_head_dims(fa::LayoutParams const& layout) {
+  STD_TORCH_CHECK(layout.d_v == layout.d, "flash_attn: v has another head dim than q and k");
+}
+
 inline void forward_on_cpu(ForwardCall const& call) {
   fa::ForwardParams const params = call.params();
+  check_head_dims(params.layout);
   fa::cpu::forward(params, torch_threads());
   if (params.rng_state) {
     for (int i = 0; i < 2; ++i) params.rng_state[i] = params.score.seed ? params.score.seed[i] : 0;
     if (call.deterministic) params.rng_state[1] |= fa::kDeterministicBit;
   }
+}
+
+inline void backward_on_cpu(BackwardCall const& call) {
+  fa::BackwardParams const params = call.params();
+  check_head_dims(params.layout);
+  fa::cpu::backward(params, torch_threads());
+}
+
+inline void append_on_cpu(fa::AppendParams params, int32_t) {
+  fa::cpu::append(params, torch_threads());
 }
 
 #if defined(FLASH_ATTN_WITH_CUDA)
@@ -45,55 +63,47 @@ inline void* current_stream(int32_t device) {
 // A cache call appends and then attends: what its first half finds is for the next call to raise.
 inline thread_local bool is_second_half = false;
 
+// Of PyTorch's allocator, so that CUDA graphs own it too; nothing where nothing is needed.
+inline OptionalTensor new_scratch(fa::gpu::Scratch const& need, Tensor const& fp32) {
+  if (need.bytes() == 0) return std::nullopt;
+  return torch::stable::new_empty(fp32, {(need.bytes() + 3) / 4});
+}
+
 inline void forward_on_gpu(ForwardCall const& call) {
   int32_t const device = call.q.get_device_index();
   torch::stable::accelerator::DeviceGuard const guard(device);
-  if (!std::exchange(is_second_half, false)) fa::sm80::raise_fault(device);
+  if (!std::exchange(is_second_half, false)) fa::gpu::raise_fault(device);
   fa::ForwardParams params = call.params();
-  params.layout.faults = fa::sm80::fault_word(device);
-  fa::sm80::ForwardPlan const plan =
-      fa::sm80::plan_forward(params, fa::sm80::processors_of(device));
-  OptionalTensor scratch;  // of PyTorch's allocator, so that CUDA graphs own it too
-  int64_t const floats = plan.list_floats + (params.partials.out ? 0 : plan.scratch_floats);
-  if (floats > 0) scratch = torch::stable::new_empty(call.lse, {floats});
+  params.layout.faults = fa::gpu::fault_word(device);
+  fa::gpu::Multiprocessors const& sms = fa::gpu::multiprocessors_of(device);
+  fa::gpu::KernelSet const& kernels =
+      fa::dispatch::kernel_set(fa::gpu::kind_of(params, sms.capability));
+  fa::gpu::ForwardPlan const plan = kernels.plan_forward(params, sms);
+  OptionalTensor const scratch = new_scratch(plan.scratch(), call.lse);
   void* const stream = current_stream(device);
-  fa::sm80::forward(params, plan, data_or_null<float>(scratch), stream);
-  if (params.s_dmask) fa::sm80::write_dmask(params, stream);
-}
-#endif
-
-inline void backward_on_cpu(BackwardCall const& call) {
-  fa::cpu::backward(call.params(), torch_threads());
+  kernels.forward(params, plan, data_or_null<void>(scratch), stream);
+  if (params.s_dmask) fa::gpu::write_dmask(params, stream);
 }
 
-#if defined(FLASH_ATTN_WITH_CUDA)
 inline void backward_on_gpu(BackwardCall const& call) {
   int32_t const device = call.q.get_device_index();
   torch::stable::accelerator::DeviceGuard const guard(device);
-  fa::sm80::raise_fault(device);
+  fa::gpu::raise_fault(device);
   fa::BackwardParams params = call.params();
-  params.layout.faults = fa::sm80::fault_word(device);
-  fa::sm80::BackwardScratch const need = fa::sm80::backward_scratch(params);
-  OptionalTensor scratch, tickets;
-  if (need.floats > 0) scratch = torch::stable::new_empty(call.delta, {need.floats});
-  if (need.integers > 0)
-    tickets = torch::stable::new_zeros(call.delta, {need.integers}, ScalarType::Int);
-  fa::sm80::backward(params, data_or_null<float>(scratch), data_or_null<int>(tickets),
-                     current_stream(device));
-}
-#endif
-
-inline void append_on_cpu(fa::AppendParams params, int32_t) {
-  fa::cpu::append(params, torch_threads());
+  params.layout.faults = fa::gpu::fault_word(device);
+  fa::gpu::Multiprocessors const& sms = fa::gpu::multiprocessors_of(device);
+  fa::gpu::KernelSet const& kernels =
+      fa::dispatch::kernel_set(fa::gpu::kind_of(params, sms.capability));
+  OptionalTensor const scratch = new_scratch(kernels.backward_scratch(params, sms), call.delta);
+  kernels.backward(params, sms, data_or_null<void>(scratch), current_stream(device));
 }
 
-#if defined(FLASH_ATTN_WITH_CUDA)
 inline void append_on_gpu(fa::AppendParams params, int32_t device) {
   torch::stable::accelerator::DeviceGuard const guard(device);
-  fa::sm80::raise_fault(device);
+  fa::gpu::raise_fault(device);
   is_second_half = true;
-  params.faults = fa::sm80::fault_word(device);
-  fa::sm80::append(params, current_stream(device));
+  params.faults = fa::gpu::fault_word(device);
+  fa::gpu::append(params, current_stream(device));
 }
 #endif
 

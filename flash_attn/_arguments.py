@@ -66,17 +66,6 @@ class Packing:
             return self.max_seqlen_q, self.max_seqlen_k
         return q.shape[1], keys_of_a_row(k, self.block_table)
 
-    def bounds(self, q: Tensor, k: Tensor) -> tuple[int, int]:
-        """``lengths`` for ``plan``: no sequence is longer than what holds its tokens.
-
-        The ops that get the tensors take ``lengths`` and bound them in the same way.
-        """
-        s_q, s_k = self.lengths(q, k)
-        if self.cu_seqlens_q is None:
-            return s_q, s_k
-        keys = k.shape[0] if self.block_table is None else keys_of_a_row(k, self.block_table)
-        return min(s_q, q.shape[0]), min(s_k, keys)
-
 
 DENSE = Packing()
 

@@ -243,7 +243,7 @@ def block_table(table: Tensor, q: Tensor, b: int, page_size: int, leftpad: Tenso
 
 
 def page(size: int, on: torch.device) -> None:
-    # The CPU family looks each key up in the table, the GPU families as many as a copy takes along.
+    # The CPU kernels look each key up in the table, the GPU kernels as many as a copy takes along.
     # flash-attn asks for 256.
     step = 16 if on.type == "cuda" else 1
     if size < 1 or size % step != 0:

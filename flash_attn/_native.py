@@ -156,7 +156,7 @@ def forward_partials(
     """A partial per segment and row (as lse): out (n, *lse, d), max_log2 and sum (n, *lse)."""
     q = inputs.q
     schedule: dict[str, Any] = {"deterministic": deterministic, "num_splits": num_splits}
-    n = plan(q, inputs.k, packing, device=q.device, **schedule).num_segments
+    n = plan(inputs, scoring, packing, device=q.device, **schedule).num_segments
     rows = lse_shape(q, packing)
     # A kernel may leave out segments of which a row sees nothing.
     out = torch.zeros((n, *rows, q.shape[-1]), dtype=torch.float32, device=q.device)
@@ -288,6 +288,7 @@ def append(
 class Plan:
     """The schedule of a forward call; in deterministic mode none of it can change a bit."""
 
+    kernels: str  # the set that takes the call: "avx512", or "sm80 (mma.sync)"
     tile_rows: int  # rows (queries x heads of a group) that share a tile
     num_tiles: int
     num_segments: int  # of the longest sequence
@@ -298,42 +299,46 @@ class Plan:
 
 
 def plan(
-    q: Tensor,
-    k: Tensor,
+    inputs: Inputs,
+    scoring: Scoring,
     packing: Packing,
     *,
     device: torch.device,
     deterministic: bool,
     num_splits: int,
 ) -> Plan:
-    """The schedule that ``forward`` would choose on ``device`` for tensors of these shapes."""
-    s_q, s_k = packing.bounds(q, k)
+    """The schedule that ``forward`` would choose on ``device``; q, k and v may be meta tensors."""
+    q = inputs.q
     fields = torch.zeros(7, dtype=torch.int64, device="cpu")
-    _plan(
+    kernels = _plan(
         fields,
+        contiguous_columns(q),
+        contiguous_columns(inputs.k),
+        contiguous_columns(inputs.v),
+        torch.empty(lse_shape(q, packing), dtype=torch.float32, device="meta"),
         _entries(packing.cu_seqlens_q),
         _entries(packing.cu_seqlens_k),
         _entries(packing.seqused_k),
         _entries(packing.leftpad_k),
-        packing.batch(q),
-        s_q,
-        s_k,
-        q.shape[-2],
-        k.shape[-2],
-        q.shape[-1],
-        q.shape[0],
+        _entries(packing.cache_batch_idx),
+        _rows(packing.block_table),
+        scoring.alibi_slopes,
+        *packing.lengths(q, inputs.k),
+        scoring.softmax_scale,
+        scoring.softcap,
+        scoring.dropout_p,
         num_splits,
         deterministic,
-        num_multiprocessors(device),
+        _index_of(device),
     )
-    return Plan(*fields.tolist())
+    return Plan(kernels, *fields.tolist())
 
 
-def num_multiprocessors(device: torch.device) -> int:
-    """Of a GPU; 0 for the CPU."""
+def _index_of(device: torch.device) -> int:
+    """Which GPU; below zero for the CPU."""
     if device.type != "cuda":
-        return 0
-    return torch.cuda.get_device_properties(device).multi_processor_count
+        return -1
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def check_device(index: int) -> None:
@@ -347,7 +352,7 @@ def cuda_archs() -> list[str]:
 
 
 def segment_begin(segment: int, device: torch.device) -> int:
-    """First key of a segment, on the ladder of the family that runs on ``device``."""
+    """First key of a segment, on the ladder of the contract that holds on ``device``."""
     return int(_segment_begin(segment, device.type == "cuda"))
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flash_attn import _checks, _native
-from flash_attn._arguments import DENSE, Inputs, Packing
+from flash_attn._arguments import DENSE, Inputs, Packing, Scoring
 from flash_attn._mode import (
     ENVIRONMENT_VARIABLE,
     deterministic,
@@ -190,10 +190,10 @@ def _log_sum_exp(reference: Tensor, total: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What fixes a call's bits (family, block, boundaries), and the schedule around it."""
+    """What fixes a call's bits (contract, block, boundaries), and the schedule around it."""
 
-    family: str
-    instruction_set: str
+    contract: str  # "cpu" or "gpu"
+    kernels: str  # those that take the call, as "avx512" or "sm80 (mma.sync)"
     deterministic: bool
     block: int
     boundaries: list[int]
@@ -204,7 +204,7 @@ class Explanation:
 
     def __str__(self) -> str:
         mode = "deterministic" if self.deterministic else "standard"
-        processors = "threads" if self.family == "cpu" else "multiprocessors"
+        processors = "threads" if self.contract == "cpu" else "multiprocessors"
         where = f"chosen for this batch and these {processors}"
         if self.deterministic:
             where = "the contract's ladder"
@@ -213,11 +213,12 @@ class Explanation:
             shown = [*shown[:6], "...", *shown[-5:]]
         return "\n".join(
             [
-                f"family      {self.family} ({self.instruction_set}), {mode} mode",
+                f"contract    {self.contract}, {mode} mode",
                 "fixes the bits",
                 f"  block     {self.block} keys",
                 f"  segments  {len(self.boundaries) - 1}, {where}: {', '.join(shown)}",
                 "free schedule" if self.deterministic else "schedule",
+                f"  kernels   {self.kernels}",
                 f"  tiles     {self.num_tiles} of up to {self.tile_rows} rows",
                 f"  on        {self.num_processors} {processors}",
                 f"  segments  in {self.parallel_pieces} piece(s) side by side",
@@ -259,15 +260,22 @@ def explain(
         mode = is_deterministic()
     else:
         mode = _checks.check_flag("deterministic", deterministic)
-    plan = _native.plan(q, k, DENSE, device=device, deterministic=mode, num_splits=num_splits)
+    plan = _native.plan(
+        Inputs(q, k, k),
+        Scoring(_native.softmax_scale_of(q, None)),
+        DENSE,
+        device=device,
+        deterministic=mode,
+        num_splits=num_splits,
+    )
     extent = plan.split_extent
     boundaries = [
         segment * extent if extent else _native.segment_begin(segment, device)
         for segment in range(plan.num_segments + 1)
     ]
     return Explanation(
-        family="cpu" if device.type == "cpu" else "sm80",
-        instruction_set=_native.cpu_isa() if device.type == "cpu" else "mma.sync",
+        contract="cpu" if device.type == "cpu" else "gpu",
+        kernels=plan.kernels,
         deterministic=mode,
         block=plan.block,
         boundaries=boundaries,

@@ -32,7 +32,7 @@ hypothesis.settings.register_profile(
 PROFILE = os.environ.get("FLASH_ATTN_TEST_PROFILE", "dev")
 
 MARKERS = (
-    "cpu_only: about the CPU family, or about what only the CPU can tell",
+    "cpu_only: about the CPU kernels, or about what only the CPU can tell",
     "gpu_sample: 2,000 random problems from fixed seeds; needs FLASH_ATTN_TEST_DEVICE=cuda",
 )
 # About the tree, its packages and plain PyTorch: the device changes nothing in them, and a machine

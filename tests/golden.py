@@ -1,4 +1,4 @@
-"""The bytes of a fixed set of calls in deterministic mode, as hashes, by kernel family.
+"""The bytes of a fixed set of calls in deterministic mode, as hashes, by contract.
 
     python tests/golden.py                                     compare with tests/golden.json
     python tests/golden.py --record                            write what this device gives
@@ -25,7 +25,7 @@ from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_
 from flash_attn.testing import cumulative_lengths
 
 FILE = Path(__file__).with_suffix(".json")
-FAMILY = {"cpu": "cpu", "cuda": "sm80"}[DEVICE.type]
+CONTRACT = {"cpu": "cpu", "cuda": "gpu"}[DEVICE.type]
 LONG = 2 * SEGMENT + 77  # three segments
 HEAD_DIMS = (64, 96, 128, 192, 256, 40, 17)  # every bucket, and two that need padding
 FEATURES = {
@@ -149,8 +149,8 @@ def hash_of(call):
 
 
 def kept():
-    """The hashes of this device's family, or None where nobody has recorded them."""
-    return json.loads(FILE.read_text()).get(FAMILY) if FILE.exists() else None
+    """The hashes of this device's contract, or None where nobody has recorded them."""
+    return json.loads(FILE.read_text()).get(CONTRACT) if FILE.exists() else None
 
 
 def main():
@@ -160,12 +160,12 @@ def main():
     found = {name: hash_of(call) for name, call in calls().items()}
     if options.record:
         everything = json.loads(FILE.read_text()) if FILE.exists() else {}
-        FILE.write_text(json.dumps(everything | {FAMILY: found}, indent=1) + "\n")
-        print(f"{len(found)} hashes of family {FAMILY} written to {FILE}")
+        FILE.write_text(json.dumps(everything | {CONTRACT: found}, indent=1) + "\n")
+        print(f"{len(found)} hashes of contract {CONTRACT} written to {FILE}")
         return 0
     expected = kept()
     if expected is None:
-        raise SystemExit(f"no hashes of family {FAMILY} in {FILE}; --record writes them")
+        raise SystemExit(f"no hashes of contract {CONTRACT} in {FILE}; --record writes them")
     changed = sorted(n for n in found | expected if found.get(n) != expected.get(n))
     print("\n".join(changed) or f"{len(found)} calls have their bytes")
     return 1 if changed else 0

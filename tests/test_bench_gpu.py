@@ -234,7 +234,7 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
 
 SANITIZER_OUTPUT = """========= COMPUTE-SANITIZER
 ========= Invalid __global__ read of size 16 bytes
-=========     at void fa::sm80::forward_kernel<fa::sm80::Rows>(fa::sm80::Launch)+0x70 in a.cuh:12
+=========     at void fa::gpu::forward_kernel<fa::gpu::Rows>(fa::gpu::Launch)+0x70 in a.cuh:12
 =========     by thread (0,0,0) in block (1,0,0)
 =========
 ========= Invalid __global__ read of size 4 bytes

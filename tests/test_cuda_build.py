@@ -16,23 +16,25 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "csrc/instantiations"))
 import generate  # noqa: E402
 
-# One instantiation of every kernel: few and many rows, queries and keys, with features and without.
+# One instantiation of every kernel, with features and without.
 INSTANTIATIONS = [
-    "sm80_forward_d64_bf16_few_plain",
-    "sm80_forward_d128_fp16_few_features",
-    "sm80_forward_d128_bf16_many_plain",
-    "sm80_forward_d192_fp16_many_features",
+    "sm80_forward_d64_bf16_decode_plain",
+    "sm80_forward_d128_fp16_decode_features",
+    "sm80_forward_d128_bf16_prefill_plain",
+    "sm80_forward_d192_fp16_prefill_features",
     "sm80_backward_d128_walk_bf16_plain",
     "sm80_backward_d128_narrow_fp16_features",
     "sm80_backward_d192_queries_bf16_plain",
     "sm80_backward_d256_keys_fp16_features",
 ]
 SOURCES = [f"csrc/instantiations/{name}.cu" for name in INSTANTIATIONS]
-WITHOUT_KERNELS = ("backward", "faults")
-SOURCES += [
-    f"csrc/sm80/{name}.cu"
-    for name in ("append", "delta", "dmask", "fold", "forward", *WITHOUT_KERNELS)
-]
+WITHOUT_KERNELS = ("backward", "backward_launch", "faults", "forward", "forward_plan", "kernels")
+WITHOUT_KERNELS += ("multiprocessors",)
+SOURCES += sorted(
+    path.relative_to(ROOT).as_posix()
+    for folder in ("gpu", "sm80")
+    for path in (ROOT / "csrc" / folder).glob("*.cu")
+)
 
 
 SPILLS = json.loads((ROOT / setup.SPILLS).read_text())

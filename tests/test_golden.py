@@ -14,7 +14,7 @@ RULE = (
 def expected():
     hashes = golden.kept()
     if hashes is None:
-        pytest.skip(f"nobody has recorded family {golden.FAMILY}: python tests/golden.py --record")
+        pytest.skip(f"nobody has recorded {golden.CONTRACT}: python tests/golden.py --record")
     return hashes
 
 

@@ -1,4 +1,4 @@
-"""The sm80 family's backward pass on a GPU: against float64, and against itself, byte for byte."""
+"""The backward pass on a GPU: against float64, and against itself, byte for byte."""
 
 import dataclasses
 

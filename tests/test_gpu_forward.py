@@ -1,4 +1,4 @@
-"""The sm80 family's forward pass on a GPU: against float64, and against itself, byte for byte."""
+"""The forward pass on a GPU: against float64, and against itself, byte for byte."""
 
 import dataclasses
 import re
@@ -97,7 +97,7 @@ def test_rows_do_not_depend_on_their_schedule(d):
 
 @pytest.mark.parametrize("d", [64, 96, 128, 256])
 def test_decoding_does_not_depend_on_how_many_decode(d):
-    """More sequences than places on a GPU take other kernels at some head dims, and no pieces."""
+    """More sequences than run at once take other kernels at some head dims, and no pieces."""
     q, k, v = normal(72, 1, 16, d), normal(72, 1300, 8, d), normal(72, 1300, 8, d)
     together = flash_attn_func(q, k, v, return_attn_probs=True)[:2]
     for part in (slice(0, 1), slice(5, 15), slice(8, 72)):
@@ -106,17 +106,17 @@ def test_decoding_does_not_depend_on_how_many_decode(d):
             assert_bitwise_equal(x, y[part])
 
 
-def companies_of(decode) -> list[str]:
-    """For which number of neighbours the kernels of few rows were made that a call runs."""
+def occupancies_of(decode) -> list[str]:
+    """For which occupancy the kernels were made that a decode runs."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         decode()
         torch.cuda.synchronize()
     names = [event.key for event in profile.key_averages()]
-    return [found[1] for name in names if (found := re.search(r"FewRows<.*Company\)(\d)>", name))]
+    return [found[1] for name in names if (found := re.search(r"Decode<.*Occupancy\)(\d)>", name))]
 
 
-def test_a_decode_alone_in_company_and_in_a_crowd():
+def test_a_decode_at_every_occupancy():
     """Each has a kernel of its own, and one row the same bytes in all of them."""
     gpu = torch.cuda.get_device_properties("cuda")
     if gpu.shared_memory_per_block_optin < 160 * 1024:
@@ -127,10 +127,10 @@ def test_a_decode_alone_in_company_and_in_a_crowd():
     def decode(b):
         return flash_attn_func(q[:b], k[:b], v[:b], return_attn_probs=True)[:2]
 
-    crowd = decode(most)
-    for company, b in enumerate((1, 2 * gpu.multi_processor_count, most)):
-        assert companies_of(lambda b=b: decode(b)) == [str(company)]
-        for x, y in zip(decode(b), crowd, strict=True):
+    together = decode(most)
+    for occupancy, b in enumerate((1, 2 * gpu.multi_processor_count, most)):
+        assert occupancies_of(lambda b=b: decode(b)) == [str(occupancy)]
+        for x, y in zip(decode(b), together, strict=True):
             assert_bitwise_equal(x, y[:b])
 
 
@@ -203,7 +203,7 @@ def test_a_fold_of_many_sequences():
     q, k, v = normal(MANY, 1, 2, 16), normal(8, 1100, 1, 16), normal(8, 1100, 1, 16)
     rows = torch.randint(8, (MANY,), device="cuda", dtype=torch.int32)
     schedule = {"device": q.device, "deterministic": True, "num_splits": 2}
-    assert _native.plan(q, k, DENSE, **schedule).pieces == 2
+    assert _native.plan(Inputs(q, k, v), Scoring(0.25), DENSE, **schedule).pieces == 2
 
     def decode(part):
         options = {"cache_batch_idx": rows[part], "num_splits": 2, "return_softmax_lse": True}

@@ -2,7 +2,7 @@
 
 The first token of every prompt sees one key, and rows of trained models lean on a sink or a token.
 There the rounding error of the largest probability goes straight into the output, so the rule that
-moves the reference of the exponents shows (csrc/core/contract.h, kSm80Slack). Its yardstick is the
+moves the reference of the exponents shows (csrc/core/contract.h, GpuOrder). Its yardstick is the
 rule of FlashAttention-2, which follows the running maximum.
 """
 
@@ -189,7 +189,7 @@ def test_lse_of_one_key_is_its_score(dtype):
     _, lse, _ = flash_attn_func(q, k, k, window_size=(0, 0), return_attn_probs=True)
     exact = score.float().to(DEVICE)
     last_place = torch.nextafter(exact.abs(), exact.new_tensor(math.inf)) - exact.abs()
-    # The CPU family scales queries before the product, and rounds each of them.
+    # The CPU kernels scale queries before the product, and round each of them.
     of_products = 0.0 if ON_GPU else 2.0**-22 * (q.abs() * k.abs()).float().sum(-1).transpose(1, 2)
     assert ((lse - exact).abs() <= 2 * last_place + of_products).all()
 
@@ -242,7 +242,7 @@ def test_control_an_integer_reference_loses_the_value():
     assert not bitwise_equal(lost, expected) and bitwise_equal(kept, expected)
 
 
-@pytest.mark.skipif(not ON_GPU, reason="the CPU family's probabilities are float32")
+@pytest.mark.skipif(not ON_GPU, reason="probabilities on the CPU are float32")
 def test_scores_beyond_sixteen_bits_keep_the_value():
     """exp2(x scale - m) misses 1 by more than 16 bits where a score is in the tens of thousands,
     and one in a hundred of such references is an integer by chance."""

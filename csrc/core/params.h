@@ -42,7 +42,8 @@ enum class Caller : int { kVarlen, kVarlenBackward, kCache };
 
 // Where the sequences of a batch lie.
 struct LayoutParams {
-  int64_t b = 0, h_q = 0, h_kv = 0, d = 0;
+  int64_t b = 0, h_q = 0, h_kv = 0;
+  int64_t d = 0, d_v = 0;                 // head dims of q and k, and of v and out
   int64_t s_q = 0, s_k = 0;               // dense extents, or the largest lengths of a packed batch
   int32_t const* cu_seqlens_q = nullptr;  // [b + 1], null: dense
   int32_t const* cu_seqlens_k = nullptr;  // [b + 1], null: dense or paged
@@ -61,6 +62,9 @@ struct LayoutParams {
   Caller caller = Caller::kVarlen;
   int64_t lse_batch_stride = 0;  // dense: h_q * s_q; packed: 0
   int64_t lse_head_stride = 0;   // dense: s_q; packed: total queries
+
+  // (head, query) pairs of the call: rows of lse, and of one segment's partials.
+  int64_t lse_rows() const { return cu_seqlens_q ? h_q * lse_head_stride : b * lse_batch_stride; }
 };
 
 // How a call is scheduled. In deterministic mode nothing here can change a bit.
@@ -72,7 +76,7 @@ struct PlanParams {
 // Partials, one per segment and row, for a reduction outside the kernel. Row r of a segment is the
 // row's lse index.
 struct PartialBuffers {
-  float* out = nullptr;       // [n_segments, rows, d], relative to max_log2 and not normalised
+  float* out = nullptr;       // [n_segments, rows, d_v], relative to max_log2 and not normalised
   float* max_log2 = nullptr;  // [n_segments, rows], log2 units, -inf: saw nothing; an integer where
                               // the row sees keys of several segments
   float* sum = nullptr;       // [n_segments, rows]
@@ -84,9 +88,9 @@ struct ForwardParams {
   LayoutParams layout;
   ScoreParams score;
   PlanParams plan;
-  RowTensor q, k,
-      v;  // [b, s_q, h_q, d], [b, s_k, h_kv, d] twice; paged k, v: [pages, page_size, h_kv, d]
-  RowTensor out;         // as q
+  RowTensor q;           // [b, s_q, h_q, d]
+  RowTensor k, v;        // [b, s_k, h_kv, d or d_v]; paged: [pages, page_size, h_kv, d or d_v]
+  RowTensor out;         // [b, s_q, h_q, d_v]
   float* lse = nullptr;  // [b, h_q, s_q] or [h_q, t], natural log
   void* s_dmask =
       nullptr;  // [b, h_q, s_dmask_rows, s_dmask_cols] in dtype, zeroed by the caller; may be null
@@ -99,7 +103,7 @@ struct BackwardParams {
   DType dtype = DType::kFloat32;
   LayoutParams layout;
   ScoreParams score;
-  RowTensor q, k, v, out, dout;  // as in the forward pass
+  RowTensor q, k, v, out, dout;  // as in the forward pass, dout as out
   RowTensor dq, dk, dv;          // gradients, as q, k, v
   float const* lse = nullptr;    // as in the forward pass
   float* delta = nullptr;  // row sums of dout * out: [b, h_q, s_q rounded up] or [h_q, t + 128 b]
@@ -109,10 +113,11 @@ struct BackwardParams {
 // New keys and values for a cache, and the rotation of queries and new keys.
 struct AppendParams {
   DType dtype = DType::kFloat32;
-  int64_t b = 0, s_q = 0, s_new = 0, h_q = 0, h_kv = 0, d = 0;
+  int64_t b = 0, s_q = 0, s_new = 0, h_q = 0, h_kv = 0;
+  int64_t d = 0, d_v = 0;      // as in LayoutParams
   RowTensor q, q_rotated;      // [b, s_q, h_q, d]; rotated copy only when cos is given
-  RowTensor k_new, v_new;      // [b, s_new, h_kv, d]
-  RowTensor k_cache, v_cache;  // [rows, capacity, h_kv, d] or [pages, page_size, h_kv, d]
+  RowTensor k_new, v_new;      // [b, s_new, h_kv, d or d_v]
+  RowTensor k_cache, v_cache;  // [rows, capacity, h_kv, d or d_v] or [pages, page_size, h_kv, ...]
   int32_t const* cache_seqlens = nullptr;    // [b] rows in use before the append, null: `start`
   int64_t start = 0;                         // of all sequences
   int32_t const* cache_batch_idx = nullptr;  // [b], may be null

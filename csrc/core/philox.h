@@ -1,5 +1,5 @@
 // Which probabilities dropout keeps: a counter-based generator keyed on seed, offset, batch index,
-// head, query, key. The same mask in every kernel family.
+// head, query, key. The same mask in all kernels, on CPUs and GPUs.
 //
 // Philox 4x32 with ten rounds (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1,
 // 2, 3", SC 2011). One draw serves eight consecutive keys of one row with sixteen bits each, so the

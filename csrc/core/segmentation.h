@@ -1,4 +1,4 @@
-// Where segments end: on the family's ladder, or (standard mode only) every `extent` keys.
+// Where segments end: on the contract's ladder, or (standard mode only) every `extent` keys.
 #pragma once
 
 #include <cstdint>
@@ -7,18 +7,18 @@
 
 namespace fa {
 
-template <class Ladder>
+template <class Order>
 struct SegmentationOn {
   int64_t extent = 0;  // 0: the ladder
 
   FA_MEMBER int64_t begin(int64_t segment) const {
-    return extent ? segment * extent : contract::segment_begin<Ladder>(segment);
+    return extent ? segment * extent : contract::segment_begin<Order>(segment);
   }
   FA_MEMBER int64_t of(int64_t key) const {
 #if defined(__CUDA_ARCH__)  // where positions fit 32 bits, and a quotient of 64 is slow
     if (extent) return static_cast<uint32_t>(key) / static_cast<uint32_t>(extent);
 #endif
-    return extent ? key / extent : contract::segment_of<Ladder>(key);
+    return extent ? key / extent : contract::segment_of<Order>(key);
   }
   FA_MEMBER int64_t count(int64_t s_k) const { return s_k > 0 ? of(s_k - 1) + 1 : 0; }
 

@@ -68,6 +68,17 @@ FA_HOST_DEVICE static inline char* query_row(RowTensor const& t, Sequence const&
          (s.query_batch * t.batch_stride + row * t.row_stride + head * t.head_stride) * bytes;
 }
 
+// Where position `position` of a sequence lies in a paged cache. The page can be any number where
+// nobody has read the table on the host.
+template <class Int>
+struct PagedRow {
+  Int page, row;
+
+  FA_MEMBER static PagedRow of(int32_t const* pages, Int page_size, Int position) {
+    return {pages[position / page_size], position % page_size};
+  }
+};
+
 // The keys (or values) of one sequence and one head, whatever holds them.
 struct KeyRows {
   char* base = nullptr;  // head's column of the batch row, or of page 0
@@ -79,7 +90,8 @@ struct KeyRows {
   FA_MEMBER char* row(int64_t key) const {
     int64_t const position = first_key + key;
     if (!pages) return base + position * row_bytes;
-    return base + pages[position / page_size] * page_bytes + (position % page_size) * row_bytes;
+    auto const at = PagedRow<int64_t>::of(pages, page_size, position);
+    return base + at.page * page_bytes + at.row * row_bytes;
   }
   // Whether rows [begin, end) lie row_bytes apart.
   FA_MEMBER bool evenly_spaced(int64_t begin, int64_t end) const {

@@ -28,7 +28,7 @@ void rotate_row(AppendParams const& p, char* dst, char const* src, int64_t posit
   }
 }
 
-char* row_of(RowTensor const& t, int64_t bytes, int64_t batch, int64_t row, int64_t head) {
+char* row_address(RowTensor const& t, int64_t bytes, int64_t batch, int64_t row, int64_t head) {
   return static_cast<char*>(t.data) +
          (batch * t.batch_stride + row * t.row_stride + head * t.head_stride) * bytes;
 }
@@ -38,19 +38,20 @@ void append_position(AppendParams const& p, int64_t b, int64_t i) {
   int64_t const bytes = element_bytes(p.dtype), position = p.start_of(b) + i;
   int64_t cache_batch = p.cache_batch_idx ? p.cache_batch_idx[b] : b, cache_row = position;
   if (p.block_table) {
-    cache_batch = p.block_table[b * p.block_table_stride + position / p.page_size];
-    cache_row = position % p.page_size;
+    auto const at =
+        PagedRow<int64_t>::of(p.block_table + b * p.block_table_stride, p.page_size, position);
+    cache_batch = at.page, cache_row = at.row;
   }
   for (int64_t h = 0; h < p.h_kv; ++h) {
-    char* const k = row_of(p.k_cache, bytes, cache_batch, cache_row, h);
-    char const* const k_new = row_of(p.k_new, bytes, b, i, h);
+    char* const k = row_address(p.k_cache, bytes, cache_batch, cache_row, h);
+    char const* const k_new = row_address(p.k_new, bytes, b, i, h);
     if (p.cos) {
       rotate_row(p, k, k_new, position);
     } else {
       std::memcpy(k, k_new, p.d * bytes);
     }
-    std::memcpy(row_of(p.v_cache, bytes, cache_batch, cache_row, h),
-                row_of(p.v_new, bytes, b, i, h), p.d * bytes);
+    std::memcpy(row_address(p.v_cache, bytes, cache_batch, cache_row, h),
+                row_address(p.v_new, bytes, b, i, h), p.d_v * bytes);
   }
 }
 
@@ -58,7 +59,8 @@ void rotate_query(AppendParams const& p, int64_t b, int64_t i) {
   int64_t const bytes = element_bytes(p.dtype);
   int64_t const position = p.start_of(b) + (p.rotate_by_position ? i : 0);
   for (int64_t h = 0; h < p.h_q; ++h) {
-    rotate_row(p, row_of(p.q_rotated, bytes, b, i, h), row_of(p.q, bytes, b, i, h), position);
+    rotate_row(p, row_address(p.q_rotated, bytes, b, i, h), row_address(p.q, bytes, b, i, h),
+               position);
   }
 }
 

@@ -18,7 +18,7 @@ namespace fa::cpu::FA_ISA {
 
 constexpr float kLog2EHigh = static_cast<float>(kLog2E);
 constexpr float kLog2ELow = static_cast<float>(kLog2E - static_cast<double>(kLog2EHigh));
-constexpr int64_t kBlockQueries = contract::kCpuBlockQueries;
+constexpr int64_t kBlockQueries = contract::CpuOrder::gradients(0).block_queries;
 
 struct BackwardScratch {
   float* q;     // (rows, d_pad)   queries, scaled as in the forward pass

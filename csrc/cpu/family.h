@@ -9,7 +9,7 @@
 
 namespace fa::cpu {
 
-using Segmentation = SegmentationOn<contract::CpuLadder>;
+using Segmentation = SegmentationOn<contract::CpuOrder>;
 
 // Rows [row_begin, row_begin + num_rows) of one sequence, for each of num_heads key heads. The
 // query heads of a group are adjacent rows: row r of key head h is query r / group of query head h

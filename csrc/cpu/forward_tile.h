@@ -121,11 +121,12 @@ struct ForwardTile {
     *vec_begin = seen.begin / kLanes;
     *vec_end = (seen.end + kLanes - 1) / kLanes;
     float* const s = shared.s + r0 * kBlockKeys + *vec_begin * kLanes;
-    if (few_rows()) {
+    if (is_decode()) {
       int64_t const begin = block_begin + *vec_begin * kLanes;
       int64_t const end = block_begin + *vec_end * kLanes;
-      multiply_few_by_keys<kDType, kTileRows>(n, s, scratch.q + r0 * d_pad, d_pad, keys, begin,
-                                              (end < sequence.s_k ? end : sequence.s_k) - begin, d);
+      multiply_decode_by_keys<kDType, kTileRows>(n, s, scratch.q + r0 * d_pad, d_pad, keys, begin,
+                                                 (end < sequence.s_k ? end : sequence.s_k) - begin,
+                                                 d);
     } else {
       multiply(n, s, kBlockKeys, nullptr, /*overwrites=*/true, {scratch.q + r0 * d_pad, d_pad, 1},
                shared.k + *vec_begin * kLanes, kBlockKeys, *vec_end - *vec_begin, d);
@@ -151,17 +152,17 @@ struct ForwardTile {
     return true;
   }
 
-  // Few queries do not pay for a copy of the keys that they read.
-  bool few_rows() const { return tile.num_rows <= kTileRows; }
+  // So few queries that a copy of the keys costs more than it saves.
+  bool is_decode() const { return tile.num_rows <= kTileRows; }
 
   void load_keys(int64_t begin, int64_t num_keys) const {
-    if (!few_rows()) pack_transposed<kDType>(shared.k, keys, begin, num_keys, d);
+    if (!is_decode()) pack_transposed<kDType>(shared.k, keys, begin, num_keys, d);
   }
 
   // The block's values as fp32 rows: in place where they are that already and few queries read
   // them, else packed, since rows far apart share cache sets.
   float const* load_values(int64_t begin, int64_t num_keys, int64_t* ld_values) const {
-    if (kDType == DType::kFloat32 && d % kLanes == 0 && few_rows() &&
+    if (kDType == DType::kFloat32 && d % kLanes == 0 && is_decode() &&
         values.evenly_spaced(begin, begin + num_keys)) {
       *ld_values = values.row_bytes / 4;
       return reinterpret_cast<float const*>(values.row(begin));
@@ -249,16 +250,16 @@ struct ForwardTile {
 
   // The fold of contract.h.
   void fold_row(int64_t r, float const* o, Closed const& closed) const {
-    float const common = contract::fold_reference(scratch.m_fold[r], closed.reference);
-    float const before = contract::fold_weight(scratch.m_fold[r], common),
-                now = contract::fold_weight(closed.reference, common);
+    contract::FoldWeights const weights =
+        contract::fold_weights(scratch.m_fold[r], closed.reference);
     float* const fold = scratch.o_fold + r * d_pad;
     for (int64_t c = 0; c < d_pad; c += kLanes) {
       Vec const part = load(o + c) * broadcast(closed.weight);
-      store(fold + c, multiply_add(part, broadcast(now), load(fold + c) * broadcast(before)));
+      Vec const before = load(fold + c) * broadcast(weights.fold);
+      store(fold + c, multiply_add(part, broadcast(weights.part), before));
     }
-    scratch.l_fold[r] = __builtin_fmaf(closed.sum, now, scratch.l_fold[r] * before);
-    scratch.m_fold[r] = common;
+    scratch.l_fold[r] = contract::add_part(weights, scratch.l_fold[r], closed.sum);
+    scratch.m_fold[r] = weights.reference;
   }
 
   void open_fold() const {

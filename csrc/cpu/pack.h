@@ -7,7 +7,7 @@
 
 namespace fa::cpu::FA_ISA {
 
-constexpr int64_t kBlockKeys = contract::kCpuBlockKeys;
+constexpr int64_t kBlockKeys = contract::CpuOrder::kBlockKeys;
 
 FA_INLINE int64_t round_up_lanes(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
@@ -121,12 +121,13 @@ static void multiply_by_keys(float* s, float const* q, int64_t lda, KeyRows cons
 }
 
 template <DType kDType, int kRows>
-static void multiply_few_by_keys(int64_t rows, float* s, float const* q, int64_t lda,
-                                 KeyRows const& keys, int64_t begin, int64_t num_keys, int64_t d) {
+static void multiply_decode_by_keys(int64_t rows, float* s, float const* q, int64_t lda,
+                                    KeyRows const& keys, int64_t begin, int64_t num_keys,
+                                    int64_t d) {
   if (rows == kRows) {
     multiply_by_keys<kDType, kRows>(s, q, lda, keys, begin, num_keys, d);
   } else if constexpr (kRows > 1) {
-    multiply_few_by_keys<kDType, kRows - 1>(rows, s, q, lda, keys, begin, num_keys, d);
+    multiply_decode_by_keys<kDType, kRows - 1>(rows, s, q, lda, keys, begin, num_keys, d);
   }
 }
 

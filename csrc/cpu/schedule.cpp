@@ -18,13 +18,14 @@ namespace fa::cpu {
 namespace {
 
 constexpr int64_t kMaxTileRows =
-    192;  // 192 x 128 fp32 of q, o and the fold: 300 KB, within a second-level cache
+    192;  // 192 x 128 fp32 of q, o and the fold: 300 KB, within an L2 cache
 constexpr int64_t kMinTileRows = 48;    // below this, packing keys costs more than idle threads do
 constexpr int64_t kMaxHeads = 8;        // 8 x 128 fp32 lie in one page
 constexpr int64_t kTasksPerThread = 2;  // enough tasks for threads to even out
 constexpr int64_t kMaxPartialFloats =
     16 * 1024 * 1024;  // 64 MiB of partials; more segments run in sequence instead
 constexpr int64_t kMaxSplits = 128;
+constexpr int64_t kBlockKeys = contract::CpuOrder::kBlockKeys;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -95,11 +96,6 @@ int64_t longest_keys(LayoutParams const& layout) {
   return longest;
 }
 
-int64_t lse_rows(LayoutParams const& layout) {
-  return layout.cu_seqlens_q ? layout.h_q * layout.lse_head_stride
-                             : layout.b * layout.lse_batch_stride;
-}
-
 int64_t fitting_tile_rows(LayoutParams const& layout, int64_t num_threads) {
   int64_t tile_rows = kMaxTileRows;
   while (tile_rows > kMinTileRows &&
@@ -122,7 +118,7 @@ ForwardPlan plan_forward(ForwardParams const& params, int64_t num_threads) {
   plan.tile_rows = fitting_tile_rows(layout, num_threads);
   int64_t const row_tiles = count_row_tiles(layout, plan.tile_rows), s_k = longest_keys(layout);
   int64_t const rows = longest_rows(layout);
-  // Few rows read every key once: a task takes several heads along, so that it reads keys in the
+  // A decode reads every key once: a task takes several heads along, so that it reads keys in the
   // order in which they lie in memory.
   if (rows > 0 && rows <= kMinTileRows) {
     plan.num_heads = layout.h_kv < kMaxHeads ? layout.h_kv : kMaxHeads;
@@ -137,12 +133,12 @@ ForwardPlan plan_forward(ForwardParams const& params, int64_t num_threads) {
 
   if (!params.plan.deterministic) {
     int64_t const splits = wanted < kMaxSplits ? wanted : kMaxSplits;
-    plan.segmentation = Segmentation::of_splits(s_k, splits, contract::kCpuBlockKeys);
+    plan.segmentation = Segmentation::of_splits(s_k, splits, kBlockKeys);
   }
   plan.longest_keys = s_k;
   plan.num_segments = plan.segmentation.count(s_k);
   plan.pieces = wanted < plan.num_segments ? wanted : plan.num_segments;
-  bool const fits = plan.num_segments * lse_rows(layout) <= kMaxPartialFloats / (layout.d + 2);
+  bool const fits = plan.num_segments * layout.lse_rows() <= kMaxPartialFloats / (layout.d + 2);
   if (plan.pieces < 1 || !fits || params.s_dmask) plan.pieces = 1;
   while (plan.num_heads > 1 && num_tiles() * plan.pieces < enough) {
     plan.num_heads = ceil_div(plan.num_heads, 2);
@@ -169,7 +165,7 @@ void forward(ForwardParams const& params, Machine const& machine) {
   PartialBuffers partials = params.partials;
   std::unique_ptr<float[]> storage;
   if (!hands_on) {
-    partials.rows = lse_rows(params.layout);
+    partials.rows = params.layout.lse_rows();
     int64_t const count = plan.num_segments * partials.rows;
     storage = std::make_unique_for_overwrite<float[]>(count * (params.layout.d + 2));
     partials.out = storage.get();
@@ -203,10 +199,9 @@ void backward(BackwardParams const& params, Machine const& machine) {
     int64_t const s_k = sequence_of(layout, b).s_k;
     for (int64_t h = 0; h < layout.h_kv; ++h) {
       for (int64_t begin = 0; begin < s_k;
-           begin += contract::kCpuBlockKeys) {  // early keys are seen by more queries
+           begin += kBlockKeys) {  // early keys are seen by more queries
         int64_t const left = s_k - begin;
-        key_tiles.push_back(
-            {b, h, begin, left < contract::kCpuBlockKeys ? left : contract::kCpuBlockKeys});
+        key_tiles.push_back({b, h, begin, left < kBlockKeys ? left : kBlockKeys});
       }
     }
   }

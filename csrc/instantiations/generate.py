@@ -17,33 +17,36 @@ FORWARD = """\
 // Written by generate.py.
 #include "csrc/sm80/forward_launch.cuh"
 
-namespace fa::sm80 {{
+namespace fa::gpu::sm80 {{
 using Traits = {traits};
-template void launch_forward<Traits>(ForwardLaunch const&, cudaStream_t);
-}}  // namespace fa::sm80
+template void launch_forward<Traits>(ForwardLaunch const&, void*);
+}}  // namespace fa::gpu::sm80
 """
 BACKWARD = """\
 // Written by generate.py.
 #include "csrc/sm80/backward_launch.cuh"
 
-namespace fa::sm80 {{
+namespace fa::gpu::sm80 {{
 using Traits = {tile}<{element}, {shape}, {features}>;
-template void {launch}<Traits>(BackwardLaunch const&, cudaStream_t);
-}}  // namespace fa::sm80
+template void {launch}<Traits>(BackwardLaunch const&, void*);
+}}  // namespace fa::gpu::sm80
 """
-# Traits and head dims. Few rows of 96 columns take the kernels of 128.
-FEW_ROWS = "FewRows<{element}, {d}, {features}, Company::"
+# Traits and head dims. A decode of 96 columns takes the kernels of 128.
+DECODE = "Decode<{element}, {d}, {features}, Occupancy::"
 FORWARDS = {
-    "alone": (FEW_ROWS + "kAlone>", (64, 128, 192, 256)),
-    "few": (FEW_ROWS + "kSome>", (64, 128, 192, 256)),
-    "crowd": (FEW_ROWS + "kCrowd>", (128,)),
-    "many": ("ManyRows<{element}, {d}, {features}>", HEAD_DIMS),
+    "decode": (DECODE + "kUsual>", (64, 128, 192, 256)),
+    "decode_one": (DECODE + "kOne>", (64, 128, 192, 256)),
+    "decode_most": (DECODE + "kMost>", (128,)),
+    "prefill": ("Prefill<{element}, {d}, {features}>", HEAD_DIMS),
 }
-# Name, traits, shape and launch. Head dims up to 128 walk once, by 128 keys, or by 64 where shared
-# memory is short; wider ones twice.
+# Name, traits, shape and launch. Head dims up to 128 walk once, by steps of 64 queries, or of 32
+# where shared memory is short; wider ones twice.
 BACKWARDS = [
-    *((f"d{d}_walk", "KeyWalkTraits", f"{d}, 128", "launch_key_walk") for d in (64, 96, 128)),
-    ("d128_narrow", "KeyWalkTraits", "128, 64", "launch_key_walk"),
+    *(
+        (f"d{d}_walk", "KeyWalkTraits", f"{d}, kWideQueries", "launch_key_walk")
+        for d in (64, 96, 128)
+    ),
+    ("d128_narrow", "KeyWalkTraits", "128, kNarrowQueries", "launch_key_walk"),
     *((f"d{d}_queries", "QueryTile", f"{d}", "launch_query_tiles") for d in (192, 256)),
     *((f"d{d}_keys", "KeyTile", f"{d}", "launch_key_tiles") for d in (192, 256)),
 ]

@@ -1,7 +1,7 @@
 // Written by generate.py.
 #include "csrc/sm80/backward_launch.cuh"
 
-namespace fa::sm80 {
-using Traits = KeyWalkTraits<__half, 128, 128, false>;
-template void launch_key_walk<Traits>(BackwardLaunch const&, cudaStream_t);
-}  // namespace fa::sm80
+namespace fa::gpu::sm80 {
+using Traits = KeyWalkTraits<__half, 128, kWideQueries, false>;
+template void launch_key_walk<Traits>(BackwardLaunch const&, void*);
+}  // namespace fa::gpu::sm80

@@ -1,7 +1,7 @@
 // Written by generate.py.
 #include "csrc/sm80/backward_launch.cuh"
 
-namespace fa::sm80 {
+namespace fa::gpu::sm80 {
 using Traits = QueryTile<__nv_bfloat16, 192, true>;
-template void launch_query_tiles<Traits>(BackwardLaunch const&, cudaStream_t);
-}  // namespace fa::sm80
+template void launch_query_tiles<Traits>(BackwardLaunch const&, void*);
+}  // namespace fa::gpu::sm80

@@ -2,9 +2,9 @@
 #pragma once
 
 #include "csrc/core/sequence.h"
-#include "csrc/cuda/tile.cuh"
+#include "csrc/sm80/tile.cuh"
 
-namespace fa::sm80 {
+namespace fa::gpu::sm80 {
 
 // Traits: kD, kWarps, kLoadKeys, kAnyAddress, kPaged. Lies in shared memory: registers are short
 // where it is used.
@@ -36,9 +36,9 @@ struct KeyTiles {
   // Where the table says that row `key` lies; null: there is no such page. Nobody has read the
   // table on the host.
   __device__ __forceinline__ char const* row_in_page(int key) const {
-    int const page = pages[key / page_size];
-    if (page < 0 || page >= num_pages) return nullptr;
-    return first + page * page_bytes + key % page_size * row_bytes;
+    auto const at = PagedRow<int>::of(pages, page_size, key);
+    if (at.page < 0 || at.page >= num_pages) return nullptr;
+    return first + at.page * page_bytes + at.row * row_bytes;
   }
 
   // This warp's share of rows [block, block + kLoadKeys) of the tile `to`; what lies beyond s_k
@@ -46,20 +46,20 @@ struct KeyTiles {
   __device__ __forceinline__ void load(uint32_t to, int block, int warp, int lane) const {
     int const own = warp * kWarpRows, begin = block + own, present = s_k - begin;
     if (!Traits::kPaged || !pages) {
-      cuda::fill_even_rows<kD, kWarpRows, Traits::kAnyAddress>(
-          to, own, first + begin * row_bytes, row_bytes, present, d, aligned, lane);
+      fill_even_rows<kD, kWarpRows, Traits::kAnyAddress>(to, own, first + begin * row_bytes,
+                                                         row_bytes, present, d, aligned, lane);
       return;
     }
     auto const find = [&](int row) {
       return row < kWarpRows && row < present ? row_in_page(begin + row) : nullptr;
     };
-    cuda::fill_scattered_rows<kD, kWarpRows, Traits::kAnyAddress>(
-        to, own, find(lane), find(lane + 32), d, aligned, lane);
+    fill_scattered_rows<kD, kWarpRows, Traits::kAnyAddress>(to, own, find(lane), find(lane + 32), d,
+                                                            aligned, lane);
   }
 
   // The same, to be copied step by step. A share of up to sixteen rows lies in one page, whose size
   // is a multiple of sixteen. `paged` is the launch's: asking `pages` would wait for shared memory.
-  using Part = cuda::EvenRows<kD, kWarpRows, Traits::kAnyAddress>;
+  using Part = EvenRows<kD, kWarpRows, Traits::kAnyAddress>;
   __device__ __forceinline__ Part part(uint32_t to, int block, bool paged, int warp,
                                        int lane) const {
     static_assert(kWarpRows <= 16);
@@ -86,4 +86,4 @@ struct KeyTiles {
   }
 };
 
-}  // namespace fa::sm80
+}  // namespace fa::gpu::sm80

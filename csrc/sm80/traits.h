@@ -1,65 +1,74 @@
-// The shapes of the sm80 family's forward kernels.
+// The shapes of this set's forward kernels.
 //
-// Many rows: a warp owns kRowTiles times sixteen rows whole: their scores, their probabilities and
+// Prefill: a warp owns kRowTiles times sixteen rows whole: their scores, their probabilities and
 // their outputs never leave its registers. Two tiles of sixteen read half as much of shared memory
 // for a product as one; above d = 128 the output of two does not fit into the registers.
-// Few rows: sixteen, and four warps that share a span of keys.
+// Decode: sixteen rows, and four warps that share a span of keys.
 #pragma once
 
-#include "csrc/sm80/family.h"
+#include "csrc/gpu/forward_launch.h"
+#include "csrc/gpu/softmax_state.cuh"
 
-namespace fa::sm80 {
+namespace fa::gpu::sm80 {
 
-constexpr int kBlockKeys = static_cast<int>(contract::kSm80BlockKeys);
-constexpr int kWarpsABlock = 4, kThreadsABlock = 32 * kWarpsABlock;
-constexpr int kFewRows = 16;
+constexpr int kBlockKeys = static_cast<int>(contract::GpuOrder::kBlockKeys);
+constexpr int kWarpsPerBlock = 4, kThreadsPerBlock = 32 * kWarpsPerBlock;
+constexpr int kDecodeRows = 16;
 
-// Keys that few rows take at a time: whole blocks, which 99 KB of shared memory hold twice. In a
-// crowd, smaller spans make more places; alone, the next span is on its way as well.
-constexpr int span_keys(int d, Company company) {
-  return d <= 64 || (d <= 128 && company != Company::kCrowd) ? 128 : 64;
+// Keys that a decode takes at a time: whole blocks, which 99 KB of shared memory hold twice. Where
+// thread blocks are to share a multiprocessor, spans are smaller.
+constexpr int span_keys(int d, Occupancy occupancy) {
+  return d <= 64 || (d <= 128 && occupancy != Occupancy::kMost) ? 128 : 64;
 }
-constexpr int span_stages(Company company) { return company == Company::kAlone ? 2 : 1; }
+// Spans in shared memory: with two, the next one is under way while this one is worked on.
+constexpr int span_stages(Occupancy occupancy) { return occupancy == Occupancy::kOne ? 2 : 1; }
+// Smaller spans gain at one head dim only; the others are small already, or slow.
+constexpr bool has_most_occupancy(int d) { return d == 128; }
 
-constexpr int tile_rows(int d, bool few_rows) { return few_rows ? kFewRows : d <= 128 ? 128 : 64; }
+constexpr int tile_rows(int d, bool is_decode) {
+  return is_decode ? kDecodeRows : d <= 128 ? 128 : 64;
+}
 
 // Thread blocks that a multiprocessor is meant to hold; the registers are cut to fit, and a plan
 // counts on them.
-constexpr int blocks_a_processor(int d, bool few_rows, Company company = Company::kSome) {
-  if (!few_rows) return 2;
-  if (company == Company::kAlone) return 1;
-  return d * span_keys(d, company) <= 8192 ? 4 : d <= 192 ? 3 : 2;
+constexpr int blocks_per_sm(int d, bool is_decode, Occupancy occupancy = Occupancy::kUsual) {
+  if (!is_decode) return 2;
+  if (occupancy == Occupancy::kOne) return 1;
+  return d * span_keys(d, occupancy) <= 8192 ? 4 : d <= 192 ? 3 : 2;
 }
 
-// Shared memory of a thread block of few rows: queries, spans of keys and of values, probabilities;
+// Shared memory of a decode's thread block: queries, spans of keys and of values, probabilities;
 // and what is needed once a span or a tile.
-constexpr int few_tile_bytes(int d, Company company) {
-  int const span = span_keys(d, company);
-  return (kFewRows * d + 2 * span_stages(company) * span * d + kFewRows * span) * 2;
+constexpr int decode_tile_bytes(int d, Occupancy occupancy) {
+  int const span = span_keys(d, occupancy);
+  return (kDecodeRows * d + 2 * span_stages(occupancy) * span * d + kDecodeRows * span) * 2;
 }
-constexpr int few_shared_bytes(int d, Company company) { return few_tile_bytes(d, company) + 3072; }
+constexpr int decode_shared_bytes(int d, Occupancy occupancy) {
+  return decode_tile_bytes(d, occupancy) + 3072;
+}
 
-// Stages of keys and values: with two, a block is on its way while the one before is worked on.
+// Blocks of keys and values in a prefill's shared memory: with two, the next one is under way while
+// this one is worked on.
 constexpr int key_stages(int d) { return d <= 96 ? 2 : 1; }
 
-// Shared memory of a thread block of many rows: queries, blocks of keys and of values; the rows'
+// Shared memory of a prefill's thread block: queries, blocks of keys and of values; the rows'
 // views, and what is needed once a tile.
-constexpr int tile_bytes(int d) {
+constexpr int prefill_tile_bytes(int d) {
   return (tile_rows(d, false) + kBlockKeys * 2 * key_stages(d)) * d * 2;
 }
-constexpr int shared_bytes(int d) { return tile_bytes(d) + tile_rows(d, false) * 32 + 256; }
+constexpr int prefill_shared_bytes(int d) {
+  return prefill_tile_bytes(d) + tile_rows(d, false) * 32 + 256;
+}
 
 // Of the system, for each thread block.
 constexpr int kReservedBytes = 1024;
 
-// The fold of a tile of many rows, in vectors of four floats a thread; kFoldStep of them lie
-// together, in shared memory or in scratch.
-constexpr int kFoldStep = 2;
-constexpr int fold_vectors(int d) { return tile_rows(d, false) * d / 4 / kThreadsABlock; }
+// The fold of a prefill's tile, in vectors of four floats a thread.
+constexpr int fold_vectors(int d) { return tile_rows(d, false) * d / 4 / kThreadsPerBlock; }
 // How many of them find room in shared memory when a multiprocessor has `bytes` for its blocks.
 constexpr int fold_vectors_in_shared(int d, int64_t bytes) {
-  int64_t const rest = bytes / blocks_a_processor(d, false) - kReservedBytes - shared_bytes(d);
-  int64_t const fit = rest / (kThreadsABlock * 16) / kFoldStep * kFoldStep;
+  int64_t const rest = bytes / blocks_per_sm(d, false) - kReservedBytes - prefill_shared_bytes(d);
+  int64_t const fit = rest / (kThreadsPerBlock * 16) / kFoldStep * kFoldStep;
   int64_t const all = fold_vectors(d);
   return static_cast<int>(fit < 0 ? 0 : fit < all ? fit : all);
 }
@@ -71,37 +80,46 @@ struct ForwardTraits {
   using Element = Element_;
   static constexpr int kD = kD_;
   static constexpr bool kFeatures = kFeatures_, kAnyAddress = kFeatures, kPaged = true;
-  static constexpr int kWarps = kWarpsABlock, kThreads = kThreadsABlock;
+  static constexpr int kWarps = kWarpsPerBlock, kThreads = kThreadsPerBlock;
+  static_assert(sizeof(Element) == 2 && kD % 32 == 0);
 };
 
 template <class Element, int kD, bool kFeatures>
-struct ManyRows : ForwardTraits<Element, kD, kFeatures> {
-  static constexpr bool kFewRows = false;
-  static constexpr int kRows = tile_rows(kD, false), kRowsAWarp = kRows / kWarpsABlock;
-  static constexpr int kRowTiles = kRowsAWarp / 16;
+struct Prefill : ForwardTraits<Element, kD, kFeatures> {
+  static constexpr bool kDecode = false;
+  static constexpr int kRows = tile_rows(kD, false), kRowsPerWarp = kRows / kWarpsPerBlock;
+  static constexpr int kRowTiles = kRowsPerWarp / 16;
   static constexpr int kThreadRows = 2 * kRowTiles;  // that a thread holds elements of
   static constexpr int kLoadKeys = kBlockKeys, kStages = key_stages(kD);
-  static constexpr int kBlocksAProcessor = blocks_a_processor(kD, false);
+  static constexpr int kBlocksPerSm = blocks_per_sm(kD, false);
 
   static constexpr int kQueryBytes = kRows * kD * 2;
   static constexpr int kLoadBytes = kLoadKeys * kD * 2;  // of keys, and of values
-  static constexpr int kTileBytes = tile_bytes(kD), kSharedBytes = shared_bytes(kD);
+  static constexpr int kTileBytes = prefill_tile_bytes(kD);
+  static constexpr int kSharedBytes = prefill_shared_bytes(kD);
+  static_assert(kRowsPerWarp == 16 * kRowTiles && kRows <= kThreadsPerBlock,
+                "a warp owns whole tiles of sixteen rows, and a thread views one row");
+  static_assert(fold_vectors(kD) == kRowTiles * kD / 8,
+                "a thread folds the elements of the output that it holds");
 };
 
-template <class Element, int kD, bool kFeatures, Company kCompany>
-struct FewRows : ForwardTraits<Element, kD, kFeatures> {
-  static constexpr bool kFewRows = true;
-  static constexpr int kRows = 16, kRowsAWarp = kRows;  // every warp computes for all
-  static constexpr int kLoadKeys = span_keys(kD, kCompany), kWarpKeys = kLoadKeys / kWarpsABlock;
-  static constexpr int kBlocks = kLoadKeys / kBlockKeys, kStages = span_stages(kCompany);
-  static constexpr int kBlocksAProcessor = blocks_a_processor(kD, true, kCompany);
+template <class Element, int kD, bool kFeatures, Occupancy kOccupancy>
+struct Decode : ForwardTraits<Element, kD, kFeatures> {
+  static constexpr bool kDecode = true;
+  static constexpr int kRows = kDecodeRows, kRowsPerWarp = kRows;  // every warp computes for all
+  static constexpr int kLoadKeys = span_keys(kD, kOccupancy);
+  static constexpr int kWarpKeys = kLoadKeys / kWarpsPerBlock;
+  static constexpr int kBlocks = kLoadKeys / kBlockKeys, kStages = span_stages(kOccupancy);
+  static constexpr int kBlocksPerSm = blocks_per_sm(kD, true, kOccupancy);
 
   static constexpr int kQueryBytes = kRows * kD * 2;
   static constexpr int kLoadBytes = kLoadKeys * kD * 2;
-  static constexpr int kTileBytes = few_tile_bytes(kD, kCompany);
-  static constexpr int kSharedBytes = few_shared_bytes(kD, kCompany);
-  static_assert(kBlocksAProcessor * (kSharedBytes + kReservedBytes) <= 228 * 1024,
+  static constexpr int kTileBytes = decode_tile_bytes(kD, kOccupancy);
+  static constexpr int kSharedBytes = decode_shared_bytes(kD, kOccupancy);
+  static_assert(kBlocksPerSm * (kSharedBytes + kReservedBytes) <= 228 * 1024,
                 "fewer thread blocks than a plan counts on, where shared memory is largest");
+  static_assert(kD % (16 * kWarpsPerBlock) == 0, "a warp has whole sixteens of the columns");
+  static_assert(kBlocks * kBlockKeys == kLoadKeys, "a span is whole blocks");
 };
 
-}  // namespace fa::sm80
+}  // namespace fa::gpu::sm80

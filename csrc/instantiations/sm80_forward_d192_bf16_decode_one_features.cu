@@ -1,0 +1,7 @@
+// Written by generate.py.
+#include "csrc/sm80/forward_launch.cuh"
+
+namespace fa::gpu::sm80 {
+using Traits = Decode<__nv_bfloat16, 192, true, Occupancy::kOne>;
+template void launch_forward<Traits>(ForwardLaunch const&, void*);
+}  // namespace fa::gpu::sm80

@@ -1,7 +1,0 @@
-// Written by generate.py.
-#include "csrc/sm80/forward_launch.cuh"
-
-namespace fa::sm80 {
-using Traits = ManyRows<__nv_bfloat16, 192, true>;
-template void launch_forward<Traits>(ForwardLaunch const&, cudaStream_t);
-}  // namespace fa::sm80

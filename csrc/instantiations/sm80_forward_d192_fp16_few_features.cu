@@ -1,7 +1,0 @@
-// Written by generate.py.
-#include "csrc/sm80/forward_launch.cuh"
-
-namespace fa::sm80 {
-using Traits = FewRows<__half, 192, true, Company::kSome>;
-template void launch_forward<Traits>(ForwardLaunch const&, cudaStream_t);
-}  // namespace fa::sm80

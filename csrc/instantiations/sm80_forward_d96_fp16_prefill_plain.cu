@@ -1,0 +1,7 @@
+// Written by generate.py.
+#include "csrc/sm80/forward_launch.cuh"
+
+namespace fa::gpu::sm80 {
+using Traits = Prefill<__half, 96, false>;
+template void launch_forward<Traits>(ForwardLaunch const&, void*);
+}  // namespace fa::gpu::sm80
