@@ -4,8 +4,8 @@ Public functions and ops have flat signatures: upstream's, and what PyTorch's sc
 behind each of them its arguments become these objects, which checks and native calls take.
 
 Letters: b batch, s_q queries, s_k keys, h_q query heads, h_kv key heads, d head dim, t_q and t_k
-tokens of a packed batch. Lengths, windows and capacities count tokens. An op's tensors are as the
-caller gave them until the checks have seen them: fields of any type may hold what is refused.
+tokens of a packed batch. Lengths, windows and capacities count tokens. A field's comment says what
+holds once the checks have accepted the object; before that its tensors are as the caller gave them.
 """
 
 from __future__ import annotations
@@ -38,8 +38,10 @@ class Scoring:
     dropout_p: float = 0.0
 
     def depends_on_place(self, num_keys: int) -> bool:
-        """Whether a row's place among the keys decides what it sees. A window as wide as the keys
-        are many is none."""
+        """Whether a row's place among the keys decides what it sees.
+
+        A window that is not narrower than the keys hides none of them.
+        """
         return self.causal or 0 <= self.window_left < num_keys or 0 <= self.window_right < num_keys
 
 
@@ -87,7 +89,7 @@ class Cache:
     block_table: Tensor | None = None  # (b, max_pages) the pages of each sequence, in order
 
     def capacity(self) -> int:
-        """The keys that there is room for in a sequence."""
+        """The keys that a sequence has room for."""
         return keys_of_a_row(self.k, self.block_table)
 
     def packing(self, lengths: Tensor) -> Packing:
