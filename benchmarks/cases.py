@@ -32,6 +32,12 @@ class Case:
         mask = "-causal" if self.causal else ""
         return f"{self.kind}-{self.dtype_name}-{shape}{mask}"
 
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of q, k and v."""
+        of_keys = (self.b, self.s_k, self.h_kv, self.d)
+        return (self.b, self.s_q, self.h_q, self.d), of_keys, of_keys
+
     def flops(self) -> float:
         """Products of s_q * s_k * d multiply-adds each; causal sees about half.
 

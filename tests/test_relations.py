@@ -10,6 +10,7 @@ import torch
 from device import BLOCK, DEVICE, DTYPES, FINEST, ON_GPU, SEGMENT, page_size
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import HEAD_DIMS, LENGTHS
 
 from flash_attn import determinism, flash_attn_func
 from flash_attn.testing import assert_bitwise_equal, bitwise_equal, first_mismatch, page_table
@@ -39,14 +40,6 @@ if not ON_GPU:
     BROKEN_BY_STANDARD_MODE += ["neighbours", "layout", "threads"]
     BROKEN_BY_PYTORCH += ["batch", "layout", "speculative"]
 
-AROUND_BLOCKS = st.builds(lambda n, side: n * BLOCK + side, st.integers(1, 6), st.integers(-1, 1))
-AROUND_SEGMENTS = st.builds(
-    lambda n, side: n * SEGMENT + side, st.integers(1, 3), st.integers(-1, 2)
-)
-LENGTHS = st.one_of(
-    st.integers(1, 9), AROUND_BLOCKS, AROUND_SEGMENTS, st.integers(SEGMENT, 3 * SEGMENT)
-)
-HEAD_DIMS = st.one_of(st.sampled_from([32, 64, 96, 128, 256]), st.integers(1, 200))
 WINDOWS = st.one_of(
     st.just((-1, -1)),
     st.tuples(st.integers(-1, 700), st.integers(-1, 130)),

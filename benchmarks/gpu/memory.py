@@ -40,13 +40,10 @@ def measure_memory(
 ) -> dict[str, Any]:
     """One row of the record."""
     shape = case.shape
-    q_shape: tuple[int, ...] = (shape.b, shape.s_q, shape.h_q, shape.d)
-    k_shape: tuple[int, ...] = (shape.b, shape.s_k, shape.h_kv, shape.d)
+    sizes = shape.shapes
     if case.lengths:
-        q_shape, k_shape = ((sum(case.lengths), h, shape.d) for h in (shape.h_q, shape.h_kv))
-    tensors = tuple(
-        torch.zeros(size, dtype=shape.dtype, device=device) for size in (q_shape, k_shape, k_shape)
-    )
+        sizes = tuple((sum(case.lengths), *size[2:]) for size in sizes)
+    tensors = tuple(torch.zeros(size, dtype=shape.dtype, device=device) for size in sizes)
     mib: dict[str, float | None] = {}
     missing: dict[str, str] = {}
     for attention in candidates:

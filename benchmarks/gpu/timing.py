@@ -103,14 +103,8 @@ def time_case(
 ) -> dict[str, Any]:
     """One row of the record: microseconds (p20, p50, p80 of the turns), ratios, and what failed."""
     torch.manual_seed(0)
-    shapes = [
-        (case.s_q, case.h_q),
-        (case.s_k, case.h_kv),
-        (case.s_k, case.h_kv),
-        (case.s_q, case.h_q),
-    ]
-    tensors = tuple(
-        torch.randn(case.b, s, h, case.d, device=device, dtype=case.dtype) for s, h in shapes
+    tensors = tuple(  # q, k, v and dout
+        torch.randn(x, device=device, dtype=case.dtype) for x in (*case.shapes, case.shapes[0])
     )
     with torch.set_grad_enabled(case.kind == "backward"):
         calls, missing = prepare_all(case, candidates, tensors)
