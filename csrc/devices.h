@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "csrc/descriptors.h"
+#include "csrc/results.h"
 
 #if defined(FLASH_ATTN_WITH_CUDA)
 #include <dlfcn.h>
@@ -66,7 +67,7 @@ inline thread_local bool is_second_half = false;
 // Of PyTorch's allocator, so that CUDA graphs own it too; nothing where nothing is needed.
 inline OptionalTensor new_scratch(fa::gpu::Scratch const& need, Tensor const& fp32) {
   if (need.bytes() == 0) return std::nullopt;
-  return torch::stable::new_empty(fp32, {(need.bytes() + 3) / 4});
+  return empty_beside<1>(fp32, {(need.bytes() + 3) / 4}, aoti_torch_dtype_float32());
 }
 
 inline void forward_on_gpu(ForwardCall const& call) {

@@ -17,14 +17,15 @@ Tensor gradient_of(Tensor const& x) {
   return x.is_contiguous() ? empty_like_q(x) : torch::stable::empty_like(x);
 }
 
-// The kernels add to no element of it, and leave those of rows that do not exist.
-Tensor zero_delta(Tensor const& q, OptionalTensor const& cu_seqlens_q) {
+// Nobody sees it, so it needs no value: the kernels write it before they read it.
+Tensor empty_delta(Tensor const& q, OptionalTensor const& cu_seqlens_q) {
+  int32_t const dtype = aoti_torch_dtype_float32();
   if (cu_seqlens_q) {
     int64_t const padding = kRowPadding * (cu_seqlens_q->size(0) - 1);
-    return torch::stable::new_zeros(q, {q.size(1), q.size(0) + padding}, ScalarType::Float);
+    return empty_beside<2>(q, {q.size(1), q.size(0) + padding}, dtype);
   }
   int64_t const rows = (q.size(1) + kRowPadding - 1) / kRowPadding * kRowPadding;
-  return torch::stable::new_zeros(q, {q.size(0), q.size(2), rows}, ScalarType::Float);
+  return empty_beside<3>(q, {q.size(0), q.size(2), rows}, dtype);
 }
 
 bool has_sizes_of(Tensor const& x, Tensor const& q) {
@@ -61,7 +62,7 @@ std::vector<Tensor> attend_backward(Tensor dout, Tensor q, Tensor k, Tensor v, T
                     .dq = gradient_of(q),
                     .dk = gradient_of(k),
                     .dv = gradient_of(v),
-                    .delta = zero_delta(q, cu_seqlens_q)};
+                    .delta = empty_delta(q, cu_seqlens_q)};
   call.cu_seqlens_q = cu_seqlens_q, call.cu_seqlens_k = cu_seqlens_k;
   call.alibi_slopes = alibi_slopes;
   call.max_seqlen_q = packed ? max_seqlen_q : q.size(1);

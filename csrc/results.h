@@ -10,7 +10,7 @@
 
 namespace fa::torch_side {
 
-// PyTorch's own allocation, without a look at its table of operators.
+// PyTorch's own allocation on the device of q, without a look at its table of operators.
 template <size_t kDim>
 Tensor empty_beside(Tensor const& q, std::array<int64_t, kDim> const& sizes, int32_t dtype) {
   std::array<int64_t, kDim> strides;

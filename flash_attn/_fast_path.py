@@ -84,8 +84,11 @@ class _NotAccepted(Exception):
     """The native op has handed a call back."""
 
 
-class Attention(torch.autograd.Function):
-    """The arguments of the native op; out and softmax_lse, of which only out has a gradient."""
+class Attention(torch.autograd.function._SingleLevelFunction):
+    """The arguments of the native op; out and softmax_lse, of which only out has a gradient.
+
+    Of a single level: a plain call stands under no transform, and pays for none.
+    """
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Results:

@@ -188,9 +188,10 @@ struct PrefillTile : ForwardTile<Traits, KeyTiles<Traits>> {
     if (Traits::kFeatures || !seen.by_all(block, block + kBlockKeys))
       shape_and_mask<Traits::kFeatures>(s_or_p, rows, first_key, launch.scale, lane);
     state.softmax(s_or_p, launch.scale.exponent_scale, [&](int r) {
-      if (kStages == 2) return;
+      if constexpr (kStages == 1) {
 #pragma unroll
-      for (int i = r; i < Part::kSteps; i += Traits::kThreadRows) late.copy(i);
+        for (int i = r; i < Part::kSteps; i += Traits::kThreadRows) late.copy(i);
+      }
     });
     if (kStages == 1) cp_async_commit();
     if (Traits::kFeatures && launch.scale.drops)
