@@ -1,4 +1,4 @@
-// The CPU family's face to the scheduler: one table of kernels per instruction set, all with the
+// The CPU kernels' face to the scheduler: one table of kernels per instruction set, all with the
 // same bits.
 #pragma once
 

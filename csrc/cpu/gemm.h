@@ -1,4 +1,4 @@
-// The one matrix product of the CPU family: C = A B, or C = C * row_scale + A B, on fp32 scratch.
+// The one matrix product of the CPU kernels: C = A B, or C = C * row_scale + A B, on fp32 scratch.
 //
 // Each element of A B is one chain of fused multiply-adds over ascending k from +0, added to C by
 // one more; so how rows and columns are cut into register tiles is free: it cannot change a bit.

@@ -1,4 +1,4 @@
-// The CPU family for any machine: plain loops, fused multiply-add by function call where there is
+// The CPU kernels for any machine: plain loops, fused multiply-add by function call where there is
 // no instruction.
 #define FA_ISA generic
 #include "csrc/cpu/kernels.h"

@@ -64,7 +64,7 @@ def standard_problems(effort: str = "default", device: str = "cpu") -> list[Prob
     """Problems whose lengths cross blocks and segments raggedly; `effort` as in `verify`.
 
     Lengths derive from the block and segment sizes that the library states for the device, so a
-    family with longer segments gets longer problems.
+    contract with longer segments gets longer problems.
     """
     block, boundaries = contract_steps(_Steps(device, 0, 0).problem((1,), (16384,)))
     steps = _Steps(device, block, boundaries[1])
