@@ -19,7 +19,7 @@ constexpr int64_t kMaxNumSplits = 128;
 // The arguments of flash_attn_with_kvcache, as the op gets them.
 struct CacheCall {
   Tensor q, k_cache, v_cache;
-  OptionalTensor k, v, rotary_cos, rotary_sin;
+  OptionalTensor k{}, v{}, rotary_cos{}, rotary_sin{};
   OptionalTensor cache_seqlens;  // [b]
   int64_t cache_length;          // of all sequences, where there is no tensor; below zero: all rows
   OptionalTensor cache_batch_idx, cache_leftpad, block_table;
@@ -27,7 +27,7 @@ struct CacheCall {
   bool causal;
   int64_t window_left, window_right;
   double softcap;
-  bool rotary_interleaved;
+  bool rotary_interleaved = false;
   OptionalTensor alibi_slopes;
   int64_t num_splits;
   bool deterministic;
@@ -176,27 +176,22 @@ std::vector<Tensor> attend_cache(Tensor q, Tensor k_cache, Tensor v_cache,
                                  bool causal, int64_t window_left, int64_t window_right,
                                  double softcap, OptionalTensor alibi_slopes, int64_t num_splits,
                                  bool deterministic) {
-  return run<kAppend, kAttend>({q,
-                                k_cache,
-                                v_cache,
-                                {},
-                                {},
-                                {},
-                                {},
-                                cache_seqlens,
-                                cache_length,
-                                cache_batch_idx,
-                                cache_leftpad,
-                                block_table,
-                                softmax_scale,
-                                causal,
-                                window_left,
-                                window_right,
-                                softcap,
-                                false,
-                                alibi_slopes,
-                                num_splits,
-                                deterministic});
+  return run<kAppend, kAttend>({.q = q,
+                                .k_cache = k_cache,
+                                .v_cache = v_cache,
+                                .cache_seqlens = cache_seqlens,
+                                .cache_length = cache_length,
+                                .cache_batch_idx = cache_batch_idx,
+                                .cache_leftpad = cache_leftpad,
+                                .block_table = block_table,
+                                .softmax_scale = softmax_scale,
+                                .causal = causal,
+                                .window_left = window_left,
+                                .window_right = window_right,
+                                .softcap = softcap,
+                                .alibi_slopes = alibi_slopes,
+                                .num_splits = num_splits,
+                                .deterministic = deterministic});
 }
 
 template <void (*kAppend)(fa::AppendParams, int32_t device), void (*kAttend)(ForwardCall const&)>
@@ -207,27 +202,27 @@ std::vector<Tensor> append_and_attend_cache(
     std::optional<double> softmax_scale, bool causal, int64_t window_left, int64_t window_right,
     double softcap, bool rotary_interleaved, OptionalTensor alibi_slopes, int64_t num_splits,
     bool deterministic) {
-  return run<kAppend, kAttend>({q,
-                                k_cache,
-                                v_cache,
-                                k,
-                                v,
-                                rotary_cos,
-                                rotary_sin,
-                                cache_seqlens,
-                                cache_length,
-                                cache_batch_idx,
-                                cache_leftpad,
-                                block_table,
-                                softmax_scale,
-                                causal,
-                                window_left,
-                                window_right,
-                                softcap,
-                                rotary_interleaved,
-                                alibi_slopes,
-                                num_splits,
-                                deterministic});
+  return run<kAppend, kAttend>({.q = q,
+                                .k_cache = k_cache,
+                                .v_cache = v_cache,
+                                .k = k,
+                                .v = v,
+                                .rotary_cos = rotary_cos,
+                                .rotary_sin = rotary_sin,
+                                .cache_seqlens = cache_seqlens,
+                                .cache_length = cache_length,
+                                .cache_batch_idx = cache_batch_idx,
+                                .cache_leftpad = cache_leftpad,
+                                .block_table = block_table,
+                                .softmax_scale = softmax_scale,
+                                .causal = causal,
+                                .window_left = window_left,
+                                .window_right = window_right,
+                                .softcap = softcap,
+                                .rotary_interleaved = rotary_interleaved,
+                                .alibi_slopes = alibi_slopes,
+                                .num_splits = num_splits,
+                                .deterministic = deterministic});
 }
 
 }  // namespace

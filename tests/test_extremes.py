@@ -17,7 +17,7 @@ from flash_attn import (
     flash_attn_varlen_func,
     flash_attn_with_kvcache,
 )
-from flash_attn._arguments import Packing
+from flash_attn._arguments import Inputs, Packing, Scoring
 from flash_attn.flash_attn_interface import (
     _flash_attn_backward,
     _flash_attn_forward,
@@ -192,11 +192,16 @@ def test_a_loose_maximum_of_pages_and_of_used_keys():
 @pytest.mark.parametrize("maximum", [2**31, 2**63 - 1])
 def test_a_plan_gets_the_tokens_of_a_pack_as_the_longest_length(maximum):
     """A grid that is sized by a loose maximum would count beyond 32 bits."""
-    packing = Packing(*PACK.values(), maximum, maximum)
+
+    def plan(q, k, max_seqlen_q, max_seqlen_k, **pages):
+        packing = Packing(*PACK.values(), max_seqlen_q, max_seqlen_k, **pages)
+        schedule = {"device": q.device, "deterministic": True, "num_splits": 0}
+        return _native.plan(Inputs(q, k, k), Scoring(0.25), packing, **schedule)
+
     q, k, _ = pack()
-    assert packing.bounds(q, k) == (q.shape[0], k.shape[0])
-    pages = Packing(*PACK.values(), maximum, maximum, block_table=int32(0, 1)[:, None])
-    assert pages.bounds(q, normal(2, 16, H, D)) == (q.shape[0], 16)
+    assert plan(q, k, maximum, maximum) == plan(q, k, q.shape[0], k.shape[0])
+    cache, pages = normal(2, 16, H, D), {"block_table": int32(0, 1)[:, None]}
+    assert plan(q, cache, maximum, maximum, **pages) == plan(q, cache, q.shape[0], 16, **pages)
 
 
 def test_s_dmask_keeps_the_shape_of_the_maxima():

@@ -14,10 +14,11 @@ struct float4;
 
 namespace fa::gpu {
 
-// Where the parts of dQ are added: blocks of queries, whose elements lie as the threads hold them.
+// Where the parts of dQ are added. A block is the contract's, of 64 queries; a kernel may take it
+// in several steps. The elements of a step lie as the threads hold them.
 struct QuerySums {
-  float4* sums = nullptr;  // [h_q, blocks, vectors of a block]
-  int* turns = nullptr;    // [h_q, blocks]: tiles of keys that have added to it
+  float4* sums = nullptr;  // [h_q, blocks, steps, vectors of a step]
+  int* turns = nullptr;    // [h_q, blocks, steps]: tiles of keys that have added
   int64_t blocks = 0;      // of a head, of all sequences
 };
 
@@ -34,7 +35,7 @@ struct BackwardLaunch {
   // Of the kernel that walks once.
   QuerySums sums{};
   int* next_ticket = nullptr;  // thread blocks that have started
-  int stages = 1;              // blocks of queries in shared memory
+  int stages = 1;              // steps whose queries lie in shared memory
 
 #if defined(__CUDACC__)
   // The tile of thread block `block`; pack: the tiles of `heads` heads by tokens.

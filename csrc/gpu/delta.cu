@@ -35,9 +35,8 @@ FA_HOST_DEVICE PackTiles query_blocks(LayoutParams const& layout) {
 }
 
 // delta of all rows, and dQ = 0 of the rows that see nothing: no tile of keys comes by for them.
-//   Grid    a thread block for each kQueries queries of a sequence, all heads; one more that tells
-//   of
-//           faults in index tensors.
+//   Grid    a thread block for each kQueries queries of a sequence, all heads; one more, which
+//           tells of faults in index tensors.
 //   Threads eight lanes share a row.
 //   Order   lane i sums the chunks i, i + 8, ... of eight columns, ascending; the sums of the lanes
 //           meet in a fixed tree.

@@ -66,7 +66,8 @@ ForwardPlan cut_forward(ForwardParams const& call, TileShape const& tile,
   plan.order = WorkOrder::of(layout.b, layout.h_kv, plan.slots > 0 ? 1 : plan.tiles * plan.pieces,
                              heads_per_l2_group(bytes, layout.h_kv * layout.b));
   static_assert(sizeof(WorkItem) == 2 * sizeof(float));
-  plan.list_floats = plan.slots > 0 ? ceil_div(2 * plan.work, 4) * 4 : 0;  // folds are vectors
+  constexpr int64_t kFloats = Scratch::kAlignment / sizeof(float);
+  plan.list_floats = plan.slots > 0 ? ceil_div(2 * plan.work, kFloats) * kFloats : 0;
   return plan;
 }
 

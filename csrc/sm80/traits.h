@@ -15,8 +15,8 @@ constexpr int kBlockKeys = static_cast<int>(contract::GpuOrder::kBlockKeys);
 constexpr int kWarpsPerBlock = 4, kThreadsPerBlock = 32 * kWarpsPerBlock;
 constexpr int kDecodeRows = 16;
 
-// Keys that a decode takes at a time: whole blocks, which 99 KB of shared memory hold twice. Where
-// thread blocks are to share a multiprocessor, spans are smaller.
+// Keys that a decode takes at a time: whole blocks. A span of keys and one of values fit into 99 KB
+// of shared memory. Where more thread blocks are to share a multiprocessor, spans are smaller.
 constexpr int span_keys(int d, Occupancy occupancy) {
   return d <= 64 || (d <= 128 && occupancy != Occupancy::kMost) ? 128 : 64;
 }
