@@ -68,16 +68,16 @@ FA_HOST_DEVICE static inline char* query_row(RowTensor const& t, Sequence const&
          (s.query_batch * t.batch_stride + row * t.row_stride + head * t.head_stride) * bytes;
 }
 
-// Where position `position` of a sequence lies in a paged cache. The page can be any number where
-// nobody has read the table on the host.
+// Where position `position` of a sequence lies in a paged cache: in this page, which can be any
+// number where nobody has read the table on the host, and there in this row.
 template <class Int>
-struct PagedRow {
-  Int page, row;
-
-  FA_MEMBER static PagedRow of(int32_t const* pages, Int page_size, Int position) {
-    return {pages[position / page_size], position % page_size};
-  }
-};
+FA_HOST_DEVICE static inline Int page_of(int32_t const* pages, Int page_size, Int position) {
+  return pages[position / page_size];
+}
+template <class Int>
+FA_HOST_DEVICE static inline Int row_in_page(Int page_size, Int position) {
+  return position % page_size;
+}
 
 // The keys (or values) of one sequence and one head, whatever holds them.
 struct KeyRows {
@@ -90,8 +90,8 @@ struct KeyRows {
   FA_MEMBER char* row(int64_t key) const {
     int64_t const position = first_key + key;
     if (!pages) return base + position * row_bytes;
-    auto const at = PagedRow<int64_t>::of(pages, page_size, position);
-    return base + at.page * page_bytes + at.row * row_bytes;
+    return base + page_of(pages, page_size, position) * page_bytes +
+           row_in_page(page_size, position) * row_bytes;
   }
   // Whether rows [begin, end) lie row_bytes apart.
   FA_MEMBER bool evenly_spaced(int64_t begin, int64_t end) const {

@@ -38,9 +38,8 @@ void append_position(AppendParams const& p, int64_t b, int64_t i) {
   int64_t const bytes = element_bytes(p.dtype), position = p.start_of(b) + i;
   int64_t cache_batch = p.cache_batch_idx ? p.cache_batch_idx[b] : b, cache_row = position;
   if (p.block_table) {
-    auto const at =
-        PagedRow<int64_t>::of(p.block_table + b * p.block_table_stride, p.page_size, position);
-    cache_batch = at.page, cache_row = at.row;
+    cache_batch = page_of(p.block_table + b * p.block_table_stride, p.page_size, position);
+    cache_row = row_in_page(p.page_size, position);
   }
   for (int64_t h = 0; h < p.h_kv; ++h) {
     char* const k = row_address(p.k_cache, bytes, cache_batch, cache_row, h);

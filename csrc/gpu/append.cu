@@ -48,9 +48,8 @@ __device__ void append_row(AppendParams const& p, int64_t index, int lane) {
   int64_t entry = b;  // of the index tensor that says where
   if (p.block_table) {
     entry = b * p.block_table_stride + position / p.page_size;
-    auto const at =
-        PagedRow<int64_t>::of(p.block_table + b * p.block_table_stride, p.page_size, position);
-    cache_batch = at.page, cache_row = at.row;
+    cache_batch = page_of(p.block_table + b * p.block_table_stride, p.page_size, position);
+    cache_row = row_in_page(p.page_size, position);
   }
   if (cache_batch < 0 || cache_batch >= p.cache_rows)
     return fault(p.block_table ? Faulty::kBlockTable : Faulty::kCacheBatchIdx, entry, cache_batch);

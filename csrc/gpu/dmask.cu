@@ -42,7 +42,7 @@ __global__ __launch_bounds__(32 * kWarps) void dmask_kernel(
   KeyRows const keys = key_rows(call.k, layout, s, head / group, 2);
   auto const score = [&](int key) {
     if (keys.pages) {
-      int64_t const page = PagedRow<int64_t>::of(keys.pages, keys.page_size, key).page;
+      int64_t const page = page_of<int64_t>(keys.pages, keys.page_size, key);
       if (page < 0 || page >= layout.cache_rows) return 0.0f;
     }
     return score_of(q, reinterpret_cast<Element const*>(keys.row(key)), d, scale, row, key);

@@ -115,9 +115,10 @@ struct SoftmaxState {
 #pragma unroll
     for (int r = 0; r < kThreadRows; ++r) {
       int const row = accumulator_row(r, lane);
-      weights[r] = contract::fold_weights(first ? -INFINITY : m_fold[row], closed_reference(m[r]));
+      float const reference = first ? -INFINITY : m_fold[row], before = first ? 0.0f : l_fold[row];
+      weights[r] = contract::fold_weights(reference, closed_reference(m[r]));
       m[r] = weights[r].reference;
-      l[r] = contract::add_part(weights[r], first ? 0.0f : l_fold[row], sum[r]);
+      l[r] = contract::add_part(weights[r], before, sum[r]);
     }
     __syncwarp();  // the quad has read what its first lane overwrites
     if (lane % 4 == 0) {

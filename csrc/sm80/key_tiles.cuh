@@ -35,10 +35,10 @@ struct KeyTiles {
 
   // Where the table says that row `key` lies; null: there is no such page. Nobody has read the
   // table on the host.
-  __device__ __forceinline__ char const* row_in_page(int key) const {
-    auto const at = PagedRow<int>::of(pages, page_size, key);
-    if (at.page < 0 || at.page >= num_pages) return nullptr;
-    return first + at.page * page_bytes + at.row * row_bytes;
+  __device__ __forceinline__ char const* paged_row(int key) const {
+    int const page = page_of(pages, page_size, key);
+    if (page < 0 || page >= num_pages) return nullptr;
+    return first + page * page_bytes + row_in_page(page_size, key) * row_bytes;
   }
 
   // This warp's share of rows [block, block + kLoadKeys) of the tile `to`; what lies beyond s_k
@@ -51,7 +51,7 @@ struct KeyTiles {
       return;
     }
     auto const find = [&](int row) {
-      return row < kWarpRows && row < present ? row_in_page(begin + row) : nullptr;
+      return row < kWarpRows && row < present ? paged_row(begin + row) : nullptr;
     };
     fill_scattered_rows<kD, kWarpRows, Traits::kAnyAddress>(to, own, find(lane), find(lane + 32), d,
                                                             aligned, lane);
@@ -68,7 +68,7 @@ struct KeyTiles {
     if (!Traits::kPaged || !paged) {
       rows.from += key * row_bytes;
     } else if (rows.present > 0) {
-      rows.from = row_in_page(key);
+      rows.from = paged_row(key);
       if (!rows.from) rows.present = 0;
     }
     return rows;
