@@ -74,7 +74,9 @@ def attend(
     )
     try:
         if torch.is_grad_enabled() and _requires_gradient(q, k, v, alibi_slopes):
-            return Attention.apply(*arguments) if block_table is None else None
+            if block_table is not None:
+                return None
+            return Attention.apply(*arguments)  # type: ignore[attr-defined]
         return tuple(_attend(*arguments)) or None
     except (NotImplementedError, _NotAccepted):  # the first: a layout or a device without kernels
         return None
@@ -101,10 +103,13 @@ class Attention(torch.autograd.function._SingleLevelFunction):
         ctx.options = options
         ctx.other_arguments = len(arguments) - 3
         ctx.mark_non_differentiable(softmax_lse)
+        ctx.set_materialize_grads(False)  # or softmax_lse gets zeros for a gradient, each time
         return out, softmax_lse
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if dout is None:  # nothing that has a gradient depends on out
+            return (None,) * (3 + ctx.other_arguments)
         *tensors, alibi_slopes = ctx.saved_tensors
         plain = type(dout) is Tensor and _is_tensor_or_none(*tensors)
         # A batch of gradients (is_grads_batched) is a mode of its own, and no transform.

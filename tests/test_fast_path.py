@@ -335,6 +335,26 @@ def test_one_input_may_want_a_gradient_alone(monkeypatch):
     assert v.grad is not None and q.grad is not None and k.grad is not None
 
 
+class Cut(torch.autograd.Function):
+    """Hands no gradient back."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None
+
+
+def test_where_no_gradient_comes_back_none_goes_on():
+    q, k, v = (x.clone().requires_grad_() for x in (Q, K, V))
+    out = Cut.apply(flash_attn_func(q, k, v)).sum() + q.sum()
+    gradients = torch.autograd.grad(out, (q, k, v), allow_unused=True)
+    assert torch.equal(gradients[0], torch.ones_like(q))
+    assert gradients[1:] == (None, None)
+
+
 def test_what_autograd_does_with_a_graph(monkeypatch):
     """Walked twice, with tensors moved by hooks, recomputed: the same gradients each time."""
 
