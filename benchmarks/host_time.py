@@ -1,4 +1,5 @@
-"""What a call costs before its kernels start: microseconds of the host, SDPA beside it.
+"""What a call costs before its kernels start: microseconds of the host, SDPA beside it; and FA3,
+where it is installed.
 
     python -m benchmarks.host_time                    on the CPU: the whole of a tiny call
     python -m benchmarks.host_time --device cuda      on a GPU: from the call to its return
@@ -24,6 +25,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from tqdm.auto import tqdm
 
+from benchmarks.gpu.attentions import import_fa3
 from benchmarks.records import (
     cpu_provenance,
     gpu_provenance,
@@ -53,7 +55,7 @@ Call = Callable[[], Any]
 
 
 def calls(device: str, s: int) -> tuple[dict[str, Call], dict[str, Call]]:
-    """Our calls by name, and SDPA's: one without a gradient and one with."""
+    """Our calls by name; SDPA's, one without a gradient and one with, and FA3's by our names."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     options: dict[str, Any] = {"device": device, "dtype": dtype}
     page, pages, h, d = 16, 8, 4, 64
@@ -90,7 +92,24 @@ def calls(device: str, s: int) -> tuple[dict[str, Call], dict[str, Call]]:
         ),
         "forward and backward": step(dense),
     }
-    return ours, {"forward": lambda: peer(q, k, v), "forward and backward": step(peer)}
+    peers = {"sdpa, forward": lambda: peer(q, k, v), "sdpa, forward and backward": step(peer)}
+    fa3 = import_fa3() if device == "cuda" else None
+    if fa3 is not None:
+
+        def dense_of_fa3(*tensors: Any) -> Any:
+            found = fa3.flash_attn_func(*tensors, causal=True)
+            return found[0] if isinstance(found, tuple) else found  # some releases return lse too
+
+        packed, lengths = (q[0], k[0], v[0]), (cu, cu, s, s)
+        peers |= {
+            "fa3, dense": lambda: dense_of_fa3(q, k, v),
+            "fa3, varlen": lambda: fa3.flash_attn_varlen_func(*packed, *lengths, causal=True),
+            "fa3, kvcache": lambda: fa3.flash_attn_with_kvcache(
+                one, *caches, cache_seqlens=length, causal=True
+            ),
+            "fa3, forward and backward": step(dense_of_fa3),
+        }
+    return ours, peers
 
 
 def microseconds(call: Call, wait: Callable[[], Any], with_gradients: bool, repeats: int) -> float:
@@ -109,7 +128,7 @@ def measure(device: str, turns: int = TURNS, repeats: int = CALLS) -> list[dict[
     """A row a call."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     ours, peers = calls(device, 64 if device == "cuda" else 1)
-    everything = {f"sdpa, {name}": call for name, call in peers.items()}
+    everything = dict(peers)
     for mode in ("deterministic", "standard"):
         everything |= {f"{mode}, {name}": call for name, call in ours.items()}
 
@@ -127,6 +146,8 @@ def measure(device: str, turns: int = TURNS, repeats: int = CALLS) -> list[dict[
         peer = "sdpa, forward and backward" if "backward" in name else "sdpa, forward"
         columns = {"deterministic": f"deterministic, {name}", "standard": f"standard, {name}"}
         columns["sdpa"] = peer
+        if f"fa3, {name}" in peers:
+            columns["fa3"] = f"fa3, {name}"
         us = {key: round(statistics.median(t[c] for t in found), 1) for key, c in columns.items()}
         ratio = statistics.median(t[columns["deterministic"]] / t[peer] for t in found)
         rows.append({"call": name, "us": us, "ratio": round(ratio, 3)})
@@ -134,20 +155,19 @@ def measure(device: str, turns: int = TURNS, repeats: int = CALLS) -> list[dict[
 
 
 def render(record: dict[str, Any]) -> str:
-    lines = [
-        f"{origin(record)}. Microseconds of the host a call, medians.",
-        "",
-        "| call | deterministic | standard | SDPA | deterministic / SDPA (target) | verdict |",
-        "|---|---|---|---|---|---|",
-    ]
+    has_fa3 = any("fa3" in row["us"] for row in record["calls"])
+    sides = {"deterministic": "deterministic", "standard": "standard", "sdpa": "SDPA"}
+    sides |= {"fa3": "FA3"} if has_fa3 else {}
+    heading = ["call", *sides.values(), "deterministic / SDPA (target)", "verdict"]
+    rows = []
     for row in record["calls"]:
-        us, target = row["us"], TARGETS[row["call"]]
+        target = TARGETS[row["call"]]
+        times = [f"{row['us'][side]:g}" if side in row["us"] else "" for side in sides]
         verdict = "PASS" if row["ratio"] <= target else "above target"
-        lines.append(
-            f"| {row['call']} | {us['deterministic']:g} | {us['standard']:g} | {us['sdpa']:g} "
-            f"| {row['ratio']:.2f} ({target:g}) | {verdict} |"
-        )
-    return "\n".join(lines)
+        rows.append([row["call"], *times, f"{row['ratio']:.2f} ({target:g})", verdict])
+    lines = [f"| {' | '.join(cells)} |" for cells in (heading, *rows)]
+    lines.insert(1, f"|{'---|' * len(heading)}")
+    return "\n".join([f"{origin(record)}. Microseconds of the host a call, medians.", "", *lines])
 
 
 def main(arguments: list[str] | None = None) -> int:

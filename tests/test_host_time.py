@@ -1,9 +1,11 @@
 """benchmarks.host_time: what it measures, and what its table says."""
 
 import json
+import types
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import host_time
 
@@ -50,6 +52,44 @@ def test_the_table_says_what_reaches_its_target():
     table = host_time.render(record(1.0, 1.21))
     assert "| dense | 20 | 19.5 | 10 | 1.00 (1) | PASS |" in table
     assert "| varlen | 20 | 19.5 | 10 | 1.21 (1.2) | above target |" in table
+
+
+def test_fa3_has_a_column_where_it_is_installed():
+    with_fa3 = record(1.0, 1.0)
+    with_fa3["calls"][0]["us"] = with_fa3["calls"][0]["us"] | {"fa3": 12.5}
+    table = host_time.render(with_fa3)
+    assert "| call | deterministic | standard | SDPA | FA3 | deterministic / SDPA" in table
+    assert "| dense | 20 | 19.5 | 10 | 12.5 | 1.00 (1) | PASS |" in table
+    assert "| varlen | 20 | 19.5 | 10 |  | 1.00 (1.2) | PASS |" in table
+
+
+def test_calls_of_fa3_are_timed(monkeypatch):
+    """A stand-in with FA3's names: its calls get what ours get."""
+    seen = []
+
+    def stand_in(name):
+        def call(q, *others, **options):
+            seen.append((name, sorted(options)))
+            return q * 1.0, None
+
+        return call
+
+    names = ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache")
+    fa3 = types.SimpleNamespace(**{name: stand_in(name) for name in names})
+    monkeypatch.setattr(host_time, "import_fa3", lambda: fa3)
+    make = torch.randn
+    on_cpu = {"device": "cpu", "dtype": torch.float32}
+    monkeypatch.setattr(torch, "randn", lambda *sizes, **options: make(*sizes, **on_cpu))
+    for function in ("arange", "full", "tensor"):
+        real = getattr(torch, function)
+        monkeypatch.setattr(
+            torch, function, lambda *a, real=real, **o: real(*a, **(o | {"device": "cpu"}))
+        )
+    _, peers = host_time.calls("cuda", 1)
+    for name in ("dense", "varlen", "kvcache"):
+        peers[f"fa3, {name}"]()
+    assert [name for name, _ in seen] == list(names)
+    assert all("causal" in options for _, options in seen)
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("results/*/host_time.json")), ids=str)

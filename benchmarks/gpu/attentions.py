@@ -81,7 +81,7 @@ def sdpa_on(name: str, backend: SDPBackend) -> Attention:
     )
 
 
-def _import_fa3() -> Any:
+def import_fa3() -> Any:
     """FlashAttention-3 where it is installed, whole or its forward kernels alone; else None."""
     for module in ("flash_attn_interface", "fa3_fwd_interface"):
         try:
@@ -111,7 +111,7 @@ def _fa3(fa3: Any) -> Attention:
 
 def attentions() -> list[Attention]:
     """The peers first: ours is compared with the first of them that answers."""
-    fa3 = _import_fa3()
+    fa3 = import_fa3()
     return [
         sdpa_on("sdpa_flash", SDPBackend.FLASH_ATTENTION),
         sdpa_on("sdpa_cudnn", SDPBackend.CUDNN_ATTENTION),

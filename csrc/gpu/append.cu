@@ -1,7 +1,7 @@
 // New keys (rotated) and values into a cache, and the rotation of queries.
 //
-// What index tensors say is bounded here, since nobody has read them on the host: a place outside
-// the cache is not written.
+// Nobody has read the index tensors on the host, so their entries are checked here: a row outside
+// the cache is not written, and the fault is told.
 #include "csrc/gpu/append.h"
 #include "csrc/gpu/convert.cuh"
 #include "csrc/gpu/errors.cuh"
@@ -77,9 +77,9 @@ __device__ void rotate_query(AppendParams const& p, int64_t index, int lane) {
              row_address<Element>(p.q, b, i, head), position, lane);
 }
 
-//   Grid    a warp for each new row of a key head, then for each query row where there is a
-//   rotation. Order   none: a row is copied, or turned by itself. Needs   16-bit elements; index
-//   tensors may hold anything.
+//   Grid    a warp for each new row of a key head; with a rotation also one for each query row.
+//   Order   none: each row is copied, or rotated, by itself.
+//   Needs   16-bit elements. Index tensors may hold anything.
 template <class Element>
 __global__ __launch_bounds__(32 * kWarps) void append_kernel(
     __grid_constant__ AppendParams const p) {

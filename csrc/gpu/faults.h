@@ -20,14 +20,15 @@ __device__ __forceinline__ void report(uint64_t* faults, Fault const& fault) {
   if (faults) *static_cast<uint64_t volatile*>(faults) = fault.word();
 }
 
-// Whether a call has anything that can be wrong.
+// Whether a call has index tensors, which can hold something wrong.
 inline bool has_indices(LayoutParams const& layout) {
   return layout.faults && (layout.cu_seqlens_q || layout.cu_seqlens_k || layout.seqused_k ||
                            layout.leftpad_k || layout.cache_batch_idx || layout.block_table);
 }
 
-// By a thread block that does nothing else, beside those that have tiles: in their way it would
-// cost a decode a microsecond. A warp has a sequence: its offsets and lengths, and its pages.
+// A thread block of its own runs this, beside those that have tiles: as a part of their work it
+// would cost a decode a microsecond. Each warp checks a sequence: its offsets, its lengths and its
+// pages.
 __device__ inline void report_all(LayoutParams const& layout) {
   int const lane = threadIdx.x % 32, num_warps = static_cast<int>(blockDim.x / 32);
   for (int64_t batch = threadIdx.x / 32; batch < layout.b; batch += num_warps) {

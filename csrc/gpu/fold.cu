@@ -27,7 +27,7 @@ __global__ __launch_bounds__(kMaxThreads) void fold_kernel(
   int const lane = threadIdx.x % 32, column = static_cast<int>(threadIdx.x);
   int const d_v = static_cast<int>(call.layout.d_v), h_q = static_cast<int>(call.layout.h_q);
   int const s_q = static_cast<int>(call.layout.s_q), index = static_cast<int>(blockIdx.x);
-  // Pieces run side by side where tiles are few: 32 bits count their rows.
+  // Segments run side by side only where tiles are few, so 32 bits count the rows.
   int const head = index % h_q, query = index / h_q % s_q, batch = index / h_q / s_q;
   Sequence const sequence = sequence_of(call.layout, batch);
   int64_t const row = sequence.lse_base + head * call.layout.lse_head_stride + query;
@@ -35,19 +35,20 @@ __global__ __launch_bounds__(kMaxThreads) void fold_kernel(
   Segmentation const segmentation = launch.plan.segmentation;
   contract::KeyRange const seen = contract::visible_keys(
       query, sequence.s_q, sequence.s_k, call.score.window_left, call.score.window_right);
-  // Segments in which the row sees nothing would leave it as it is; nobody wrote them.
+  // Nobody has written the segments in which the row sees nothing: they would not change it.
   bool const sees = seen.begin < seen.end;
   int const first = sees ? static_cast<int>(segmentation.of(seen.begin)) : 0;
   int const end = sees ? static_cast<int>(segmentation.of(seen.end - 1)) + 1 : 0;
 
   float o = 0.0f, l = 0.0f, m = -INFINITY;
-  // Also where there is nothing to fold: a grid in which nobody waits may end before the pieces do.
+  // Every thread waits, also one with nothing to fold: a grid in which nobody waits can end before
+  // the first kernel does.
   wait_for_prerequisite();
   if (query >= sequence.s_q) return;
   for (int begin = first; begin < end; begin += kAtOnce) {
     int const count = min(end - begin, kAtOnce);
-    int64_t const mine = (begin + lane) * partials.rows + row;  // a reference and a sum a lane
-    // What lies behind the last segment adds nothing.
+    int64_t const mine = (begin + lane) * partials.rows + row;  // a lane has one segment's
+    // Behind the last segment there is nothing to add.
     float const lane_m = lane < count ? partials.max_log2[mine] : -INFINITY;
     float const lane_l = lane < count ? partials.sum[mine] : 0.0f;
     float part[kAtOnce];
@@ -57,7 +58,8 @@ __global__ __launch_bounds__(kMaxThreads) void fold_kernel(
       part[i] = i < count && column < d_v ? *from : 0.0f;
       from += partials.rows * d_v;
     }
-    // The references ascend one after the other; a lane keeps what its own segment meets.
+    // The fold's reference goes from segment to segment. Each lane keeps the one that its own
+    // segment meets.
     float met = -INFINITY;
 #pragma unroll 8
     for (int i = 0; i < count; ++i) {

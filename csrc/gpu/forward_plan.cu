@@ -1,7 +1,7 @@
 // How a forward pass is cut: tiles, segments, and the pieces that run side by side.
 //
-// The shape of a call and the number of multiprocessors decide here, and nothing of it can change a
-// bit in deterministic mode: segments lie on the contract's ladder and are folded in ascending
+// The shape of a call and the number of multiprocessors decide here. In deterministic mode no such
+// decision can change a bit: segments lie on the contract's ladder and are folded in ascending
 // order.
 #include <algorithm>
 
@@ -27,11 +27,11 @@ int64_t wanted_pieces(PlanParams const& plan, int64_t tiles, int64_t resident_bl
 // Segments and pieces. A partial has a row's d_v elements, its reference and its sum.
 void cut_keys(ForwardPlan& plan, ForwardParams const& call, int64_t pieces, int capability) {
   LayoutParams const& layout = call.layout;
-  // One extent for all sequences: no shorter one may have more segments than the longest.
+  // All sequences get the same extent, so that no shorter one has more segments than the longest.
   if (!call.plan.deterministic)
     plan.segmentation = Segmentation::of_splits(layout.s_k, pieces, kSplitKeys);
   plan.num_segments = plan.segmentation.count(layout.s_k);
-  // Rather more pieces than resident thread blocks than uneven ones.
+  // Even pieces are worth more than one piece for each thread block that can run at once.
   int64_t const segments_each = plan.num_segments > pieces ? plan.num_segments / pieces : 1;
   pieces = std::min(ceil_div(plan.num_segments, segments_each), kMaxPieces);
   int64_t const partial_floats = plan.num_segments * layout.lse_rows() * (layout.d_v + 2);
@@ -61,7 +61,7 @@ ForwardPlan cut_forward(ForwardParams const& call, TileShape const& tile,
   cut_keys(plan, call, wanted_pieces(call.plan, tiles, multiprocessors.count * tile.blocks_per_sm),
            multiprocessors.capability);
   plan.work = plan.blocks = checked_blocks(tiles * plan.pieces);
-  // Pieces share no keys, and late ones, which are longer, go first among all heads.
+  // Pieces share no keys, so all heads form one group. Late pieces are longer and go first.
   int64_t const bytes = plan.pieces > 1 ? 0 : 2 * layout.s_k * (layout.d + layout.d_v);
   plan.order = WorkOrder::of(layout.b, layout.h_kv, plan.slots > 0 ? 1 : plan.tiles * plan.pieces,
                              heads_per_l2_group(bytes, layout.h_kv * layout.b));

@@ -11,7 +11,7 @@
 
 namespace fa::gpu {
 
-// In shared memory: what is needed rarely, for registers are what the kernels are short of.
+// What a tile needs rarely. It lies in shared memory, because the kernels are short of registers.
 //   Keys  brings the keys, or values, of one sequence and key head:
 //         set(layout, tensor, sequence, head_kv, aligned), s_k
 template <class Traits, class Keys>
@@ -36,7 +36,7 @@ struct ForwardTile {
   __device__ ForwardTile(ForwardLaunch const& l, TileInfo<Traits, Keys>& p)
       : launch(l), call(l.call), info(p) {}
 
-  // A decode has registers to keep them in.
+  // A decode has registers to spare for these numbers.
   __device__ static int number(int x) { return Traits::kDecode ? kept(x) : x; }
 
   // Late rows see more keys and late segments are longer, so both go first.
@@ -57,9 +57,9 @@ struct ForwardTile {
     __syncthreads();  // info is there
   }
 
-  // Whether there is a row in this tile; then their views.
+  // Whether the tile has a row. If so, looks at all of its rows.
   __device__ bool find_rows() {
-    // The last sequence of a pack: what lies behind it is its tiles' to write, if nobody else does.
+    // The tiles of the last sequence write the rows behind it, unless a kernel of its own does.
     if (!launch.work_list && info.batch == call.layout.b - 1 && info.piece == 0) {
       write_uncovered_rows(launch, info.head_kv, info.tile, launch.tiles.by);
     }
@@ -84,8 +84,8 @@ struct ForwardTile {
   __device__ int segment_begin(int segment) const {
     return static_cast<int>(launch.plan.segmentation.begin(segment));
   }
-  // The keys of this piece that any row of the tile sees: rows ascend, so the first begins and the
-  // last ends. From the begin of a load on, which no segment's begin cuts.
+  // The keys of this piece that any row of the tile sees. Rows ascend, so the first row begins the
+  // range and the last row ends it. It begins where a load begins; no segment begins inside a load.
   __device__ contract::KeyRange keys() const {
     int const num_segments = static_cast<int>(launch.plan.segmentation.count(info.keys.s_k));
     int const begin = segment_begin(launch.pieces.quotient(num_segments * info.piece));

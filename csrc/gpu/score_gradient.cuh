@@ -29,7 +29,7 @@ struct TileMask {
   __device__ __forceinline__ bool sees(int query, int key) const {
     return key - query >= lowest && key - query <= highest && query < s_q && key < s_k;
   }
-  // Whether any query of [q0, q1) sees any key of [k0, k1), or every one every one.
+  // Whether any query of [q0, q1) sees any key of [k0, k1); and whether each of them sees all.
   __device__ __forceinline__ bool any(int q0, int q1, int k0, int k1) const {
     return k1 - 1 - q0 >= lowest && k0 - (q1 - 1) <= highest && k0 < s_k;
   }
@@ -38,8 +38,8 @@ struct TileMask {
   }
 };
 
-// A score that is not seen gives P = 0 and dS = 0, whatever V and dout hold. sees(row, column): of
-// this thread's.
+// Masks scores: a key that a query does not see gives P = 0 and dS = 0, whatever V and dout hold.
+// sees(row, column) takes the row and column of an element among those of this thread.
 template <int kTiles, int kGroups, class Sees>
 __device__ __forceinline__ void mask_scores(Product<kTiles, kGroups>& s,
                                             Product<kTiles, kGroups>& dp, Sees const& sees) {

@@ -38,7 +38,7 @@ __device__ __forceinline__ void shape_and_mask(Product<kRowTiles, kKeyGroups>& s
   }
 }
 
-// The largest of a thread row's scores, of those that this thread has: the keys of one class
+// The largest score of a thread row among the keys that this thread has, which are one class
 // (contract.h, GpuOrder::kNumKeyClasses).
 template <int kRowTiles, int kKeyGroups>
 __device__ __forceinline__ float largest_score(Product<kRowTiles, kKeyGroups> const& s, int r) {
@@ -49,8 +49,8 @@ __device__ __forceinline__ float largest_score(Product<kRowTiles, kKeyGroups> co
   return top;
 }
 
-// The reference m of a row's exponents, in log2 units; that of a row which has seen no key yet lies
-// below all scores.
+// The reference m of a row's exponents, in log2 units. Before a row has seen a key, its reference
+// lies below all scores.
 constexpr float kNoReference = -std::numeric_limits<float>::max();
 
 // Whether a block's largest score, `top`, moves a reference.
@@ -75,14 +75,15 @@ __device__ __forceinline__ float move_reference(float& reference, float top, flo
   return exp2_of(before - reference);
 }
 
-// As partials and the fold know it: what saw nothing counts for nothing.
+// The reference as partials and the fold have it: -inf where the row has seen no key.
 __device__ __forceinline__ float closed_reference(float reference) {
   return reference == kNoReference ? -INFINITY : reference;
 }
 
-// Whether the end of a segment can change a row: an integer stays as it is, and so does the row of
-// one key that has one, unless its score is so large that its rounding shows in 16 bits. Asked of a
-// row before its end and by the end itself, so that a row's occupancy decides nothing.
+// Whether the end of a segment can change a row. A reference that is an integer stays as it is. So
+// does a row of one key, unless its score is so large that rounding shows in 16 bits. The warp asks
+// before it closes a segment and `close_row` asks again, so the other rows of the warp decide
+// nothing.
 __device__ __forceinline__ bool may_close(float reference) {
   return ceilf(reference) != reference || fabsf(reference) > 0x1p10f;
 }
@@ -125,7 +126,7 @@ __device__ __forceinline__ float exponentiate(Product<kRowTiles, kKeyGroups>& s,
   return even + odd;
 }
 
-// o *= rescale(r), but for sixteen rows of which none moved: nothing would change.
+// o *= rescale(r). Sixteen rows of which none has moved are left out: nothing would change.
 template <int kRowTiles, int kGroups, class Rescale>
 __device__ __forceinline__ void rescale_rows(Product<kRowTiles, kGroups>& o,
                                              Rescale const& rescale) {

@@ -40,8 +40,8 @@ struct SoftmaxState {
   // m'); l = l a + sum(p); o = o a. between(r) runs once a thread row.
   template <class Between>
   __device__ __forceinline__ void softmax(Scores& s, float exponent_scale, Between const& between) {
-    // A row moves if and only if the largest of some lane of its quad would move it, so lanes are
-    // not asked for theirs before one does.
+    // The reference of a row moves if and only if the largest score of some lane of its quad would
+    // move it. So the lanes exchange their largest scores only after one of them has said so.
     float top[kThreadRows];
     bool any_moves = false;
 #pragma unroll
@@ -50,7 +50,7 @@ struct SoftmaxState {
       any_moves |= moves(m[r], top[r], exponent_scale);
       between(r);
     }
-    __syncwarp();  // and `between` before what follows, not amid its products
+    __syncwarp();  // keeps the work of `between` in front of the products that follow
     if (__any_sync(kFullWarp, any_moves)) {  // seldom
       float rescale[kThreadRows];
       bool any_sums = false;
@@ -105,9 +105,9 @@ struct SoftmaxState {
         for (int i = 0; i < 4; ++i) o[t][n][i] *= weight[2 * t + i / 2];
   }
 
-  // Between segments the fold's rows lie in `fold`, where each thread finds the elements that it
-  // put there itself, and its references and sums in `m_fold`, `l_fold`, of the warp's rows in
-  // shared memory. After the last segment the result is in o, m (the reference) and l.
+  // Between segments the elements of the fold lie in `fold`: each thread reads what it has written
+  // itself. The references and sums of the warp's rows lie in `m_fold` and `l_fold`, in shared
+  // memory. After the last segment the result is in o, m (the reference) and l.
   __device__ __forceinline__ void fold_segment(float const (&sum)[kThreadRows],
                                                FoldMemory const& fold, float* m_fold, float* l_fold,
                                                bool first, bool last, int lane) {
@@ -129,13 +129,13 @@ struct SoftmaxState {
       }
     }
     __syncwarp();  // and reads it at the next segment
-    // Generic addresses: the compiler need not know which memory it is.
+    // Generic addresses reach both memories, and the compiler need not know which one it is.
     auto const vector = [&](int i) {
       bool const far = i / kFoldStep * kFoldStep < fold.num_scratch;
       return (far ? fold.scratch : fold.shared) + i * Traits::kThreads;
     };
     constexpr int kVectors = kRowTiles * kColumnGroups;
-    if (!first) {  // nothing is added to nothing: the sign of a zero is settled in `finish`
+    if (!first) {  // the first segment is the fold; `finish` settles the sign of a zero
       bool moved = false;
 #pragma unroll
       for (int r = 0; r < kThreadRows; ++r) moved |= weights[r].fold != 1.0f;

@@ -46,8 +46,9 @@ struct KeyWalk {
   static constexpr int kWarpQueries = kQueries / Traits::kWarps;
   static constexpr int kSteps = Traits::kSteps;
   static constexpr int64_t kBytes = 2;
-  // Passing a turn on waits for memory, and so does everyone at the next barrier: it comes at the
-  // start of the longest stretch without one, or soon, where another thread block fills the pause.
+  // When to let the next tile add. The thread that does so waits until its additions have reached
+  // the memory, and at the next barrier all threads wait for it. So it comes early where another
+  // thread block fills the pause, and else at the start of the longest stretch without a barrier.
   static constexpr bool kPassesEarly = Traits::kBlocksPerSm > 1;
   using Scores = Product<kScoreTiles, kScoreGroups>;  // (16 kScoreTiles queries, kScoreKeys)
   using KeyPart = Product<2, kD / 8 / kKeyParts>;     // (32 keys, kD / kKeyParts)
@@ -139,7 +140,7 @@ struct KeyWalk {
     return min(min(step.query + kQueries, s_q) - 1 + mask.highest, s_k - 1) / kKeys;
   }
 
-  // What does not exist is zero; its scores are masked.
+  // Queries that do not exist are zeros, and their scores are masked.
   __device__ __forceinline__ void load_queries(WalkStep step, int stage) const {
     int const own = warp * kWarpQueries, first = step.query + own;
     auto const fill = [&](uint32_t tile, char const* base, RowTensor const& t) {
@@ -183,7 +184,7 @@ struct KeyWalk {
       int const tile = first_key / kKeys, turn = tile - first_tile(step, mask);
       bool const last = tile == last_tile(step, mask);
       auto const in_between = [&] {
-        // Before the copies, for which passing on would wait.
+        // In front of the copies, or it would wait for them too.
         if (kPassesEarly) pass_on();
         if (launch.stages == 2 && !over(next)) load_queries(next, stage ^ 1);
       };
@@ -319,7 +320,7 @@ struct KeyWalk {
   }
   __device__ __forceinline__ int query_part() const { return warp / Traits::kQueryGroups; }
 
-  // f(vector, its elements of dq) of this thread's vectors of a block of sums.
+  // Calls f(vector, its elements of dq) for each vector of sums that this thread has.
   template <class Function>
   __device__ __forceinline__ static void for_vectors(QueryPart& dq, Function const& f) {
     constexpr int kGroups = kD / 8 / kQueryParts;
@@ -332,7 +333,7 @@ struct KeyWalk {
     return launch.sums.sums + sums(step) * (kQueries * kD / 4) + threadIdx.x;
   }
 
-  // What earlier tiles added, to where the queries and dout of this stage were.
+  // Brings what earlier tiles have added to where the queries and dout of this stage were.
   __device__ __forceinline__ void load_sums(WalkStep step, int stage, bool none) const {
     float4 const* const from = sums_of(step);
     uint32_t const to = q(stage) + threadIdx.x * 16;
@@ -342,8 +343,8 @@ struct KeyWalk {
     }
     cp_async_commit();
   }
-  // dq += it, as the memory adds: whether a tile is a row's last must not reach a bit, for it
-  // depends on the row's neighbours.
+  // dq += what earlier tiles have added, rounded as an addition in memory. Which tile is the last
+  // depends on other rows of the step, so it must not reach a bit.
   __device__ __forceinline__ void add_sums(QueryPart& dq, int stage) const {
     uint32_t const from = q(stage) + threadIdx.x * 16;
     for_vectors(dq, [&](int vector, float (&x)[4]) {
@@ -354,7 +355,7 @@ struct KeyWalk {
       x[3] = add_as_memory(__uint_as_float(sum.w), x[3]);
     });
   }
-  // Adds dq to it; the first stores it.
+  // Adds dq to the sums in memory; the first tile stores it there.
   __device__ __forceinline__ void hand_on(QueryPart& dq, WalkStep step, bool first) const {
     float4* const to = sums_of(step);
     if (first) {

@@ -32,7 +32,7 @@ struct DecodeTile : ForwardTile<Traits, KeyTiles<Traits>> {
   static_assert(kWarpsOfBlock * kWarpKeys == kBlockKeys && kWarpKeys <= 32);
   static constexpr int kGroups = kD / 8 / kWarpsPerBlock;  // of eight columns, two of each sixteen
   static constexpr int kStages = Traits::kStages, kStageBytes = 2 * Traits::kLoadBytes;
-  static constexpr int kUnderWay = 2 * kStages - 1;  // copies that come after those waited for
+  static constexpr int kUnderWay = 2 * kStages - 1;  // groups of copies behind the awaited one
   static constexpr int kClasses = contract::GpuOrder::kNumKeyClasses;
   using Scores = Product<1, kWarpKeys / 8>;
   using Columns = Product<1, kGroups>;
@@ -106,7 +106,7 @@ struct DecodeTile : ForwardTile<Traits, KeyTiles<Traits>> {
         uint32_t const k_now = k + stage_bytes, v_now = v + stage_bytes;
         stage_bytes = kStages == 2 ? kStageBytes - stage_bytes : 0;
         cp_async_wait<kUnderWay>();
-        __syncwarp();  // the keys that this warp has brought are there: they are those it takes
+        __syncwarp();  // this warp's keys are there: each warp copies the keys that it multiplies
         Scores s_or_p;
         multiply_abt<Element, kD>(s_or_p, q, 0, k_now, warp * kWarpKeys, lane);
         __syncwarp();  // nobody reads them any more
@@ -142,8 +142,8 @@ struct DecodeTile : ForwardTile<Traits, KeyTiles<Traits>> {
     if (!launch.hands_on_partials()) finish();
   }
 
-  // The reference moves once a block; this warp's scores become probabilities at that of their
-  // block.
+  // The reference moves at most once a block. This warp's scores become probabilities relative to
+  // the reference of their block.
   __device__ __forceinline__ void softmax(Scores& s, float (&rescale)[kBlocks][2]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -260,7 +260,7 @@ struct DecodeTile : ForwardTile<Traits, KeyTiles<Traits>> {
       int const row = accumulator_row(r, lane);
       float const inverse = contract::inverse_of_sum(l_fold[r]);
 #pragma unroll
-      for (int n = 0; n < kGroups; ++n) {  // the queries' room; adding +0: zeros have one sign
+      for (int n = 0; n < kGroups; ++n) {  // in the queries' room; adding +0 gives zeros one sign
         store_pair(q + TileLayout<kD>::offset(row, column_of(n) / kChunk) + lane % 4 * 4,
                    pack2<Element>(fmaf(fold[0][n][2 * r], inverse, 0.0f),
                                   fmaf(fold[0][n][2 * r + 1], inverse, 0.0f)));

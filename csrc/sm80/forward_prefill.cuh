@@ -122,8 +122,8 @@ struct PrefillTile : ForwardTile<Traits, KeyTiles<Traits>> {
       cp_async_wait<0>();
       __syncthreads();  // the keys are there, and nobody reads the block before them any more
       uint32_t const k_now = k + stage_bytes, v_now = v + stage_bytes;
-      // Copied while this block is worked on: its values, then the next keys; or, with two stages,
-      // both of the next block.
+      // While the warps work on this block, copies bring its values and then the next keys. With
+      // two stages they bring the keys and values of the next block.
       if constexpr (kStages == 1) {
         early[0] = info.values.part(v, block, paged, warp, lane);
       } else {
@@ -133,7 +133,8 @@ struct PrefillTile : ForwardTile<Traits, KeyTiles<Traits>> {
         early[0].wanted = early[1].wanted = next < end;
       }
       if (kD == 64 && block == begin) load_queries(queries);
-      // Even where nobody sees the block: a barrier may not lie on a way that not all warps take.
+      // Every warp computes the product, also where none of its rows sees the block: it copies its
+      // share meanwhile, and all warps have to reach the next barrier.
       multiply_keys(s_or_p, queries, k_now, early);
       Part late{};
       if constexpr (kStages == 1) {
@@ -205,7 +206,8 @@ struct PrefillTile : ForwardTile<Traits, KeyTiles<Traits>> {
     float sum[Traits::kThreadRows];
 #pragma unroll
     for (int r = 0; r < Traits::kThreadRows; ++r) sum[r] = sum_of_quad(state.l[r]);
-    // Seldom for short keys: no row of this warp has keys elsewhere, or can have one key.
+    // A segment can change rows whose keys lie in several segments, and rows of one key. With short
+    // keys a warp seldom has either.
     int const begin = this->segment_begin(segment);
     if (seen.first_begin < begin || seen.last_end > segment_end ||
         seen.first_end <= seen.last_begin + 1) {
@@ -266,7 +268,7 @@ struct PrefillTile : ForwardTile<Traits, KeyTiles<Traits>> {
   // out = O * (1 / l); a row that saw nothing is zero.
   __device__ void finish(SoftmaxRows const& state) const {
     Sequence const s = this->sequence();
-    __syncwarp();  // the warp has read its queries: their room is the results' now
+    __syncwarp();  // the warp has read its queries: the results take their room
     store_product<Element, kD, Traits::kRowTiles>(
         q, warp_row, state.o, [&](int r) { return contract::inverse_of_sum(state.l[r]); }, lane);
     if (lane % 4 == 0) {
@@ -280,7 +282,7 @@ struct PrefillTile : ForwardTile<Traits, KeyTiles<Traits>> {
     store_rows<Element, kD, Traits::kRowsPerWarp, Traits::kAnyAddress>(
         q, warp_row_address(call.out, lane), warp_row, static_cast<int>(call.layout.d),
         launch.aligned, lane);
-    int const row = warp_row + lane;  // a row a lane: the logarithm takes long
+    int const row = warp_row + lane;  // each lane has one row, because the logarithm takes long
     if (lane < Traits::kRowsPerWarp && row < this->rows_here()) {
       call.lse[this->lse_index(s, info.rows[row])] =
           contract::log_sum_exp(shared.m_fold[row], shared.l_fold[row]);

@@ -6,15 +6,15 @@
 
 namespace fa::gpu::sm80 {
 
-// Traits: kD, kWarps, kLoadKeys, kAnyAddress, kPaged. Lies in shared memory: registers are short
-// where it is used.
+// Traits: kD, kWarps, kLoadKeys, kAnyAddress, kPaged. Lies in shared memory, because its users are
+// short of registers.
 template <class Traits>
 struct KeyTiles {
   static constexpr int kD = Traits::kD, kWarpRows = Traits::kLoadKeys / Traits::kWarps;
 
   char const* first;   // row 0 of the sequence, or of page 0 in a paged cache
   int64_t row_bytes;   //
-  int64_t page_bytes;  // paged only, like the rest
+  int64_t page_bytes;  // in a paged cache
   int const* pages;    // of this sequence; null: not paged
   int page_size, num_pages;
   int s_k, d;
@@ -33,8 +33,7 @@ struct KeyTiles {
     aligned = on_sixteen_bytes;
   }
 
-  // Where the table says that row `key` lies; null: there is no such page. Nobody has read the
-  // table on the host.
+  // Where row `key` lies by the table, which nobody has read on the host; null: no such page.
   __device__ __forceinline__ char const* paged_row(int key) const {
     int const page = page_of(pages, page_size, key);
     if (page < 0 || page >= num_pages) return nullptr;
@@ -57,8 +56,9 @@ struct KeyTiles {
                                                             aligned, lane);
   }
 
-  // The same, to be copied step by step. A share of up to sixteen rows lies in one page, whose size
-  // is a multiple of sixteen. `paged` is the launch's: asking `pages` would wait for shared memory.
+  // The same, to be copied step by step. A share of up to sixteen rows lies in one page, because
+  // the size of a page is a multiple of sixteen. The caller says whether the cache is paged: a look
+  // at `pages` would wait for shared memory.
   using Part = EvenRows<kD, kWarpRows, Traits::kAnyAddress>;
   __device__ __forceinline__ Part part(uint32_t to, int block, bool paged, int warp,
                                        int lane) const {
@@ -74,7 +74,7 @@ struct KeyTiles {
     return rows;
   }
 
-  // From the block before to `block`, without a product.
+  // Moves a part on to `block` from the block before, without a multiplication.
   __device__ __forceinline__ void advance(Part& part, uint32_t to, int block, bool paged, int warp,
                                           int lane) const {
     if (Traits::kPaged && paged) {

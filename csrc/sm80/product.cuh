@@ -1,4 +1,4 @@
-// Matrix products by one warp: of tiles, or of what a product gave, still in registers, and a tile.
+// Matrix products by one warp: of two tiles, or of a tile and a result that is still in registers.
 //
 // gpu/accumulator.cuh says which element of a result lies where.
 #pragma once

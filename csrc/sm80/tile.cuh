@@ -107,8 +107,9 @@ __device__ __forceinline__ void fill_rows(uint32_t tile, int first, int d, bool 
   }
 }
 
-// Rows [first, first + kRows) of a tile, from rows that lie `stride` bytes apart, `from` the first;
-// `present` of them exist. A step copies few, so that other work hides what addresses take.
+// Fills rows [first, first + kRows) of a tile from rows that lie `stride` bytes apart, the first at
+// `from`; `present` of them exist. A step copies a few rows, so that the addresses of one step are
+// computed while other work goes on.
 template <int kD, int kRows, bool kAnyAddress>
 struct EvenRows {
   using W = RowCopy<kD>;
@@ -159,8 +160,8 @@ __device__ __forceinline__ void fill_even_rows(uint32_t tile, int first, char co
   EvenRows<kD, kRows, kAnyAddress>{tile, first, from, stride, present, d, aligned, lane}.copy_all();
 }
 
-// Rows that each have an address of their own: lane i holds that of row i, and in `other` that of
-// row 32 + i; null: no such row.
+// Fills rows of which each has an address of its own. Lane i holds the address of row i in `mine`
+// and that of row 32 + i in `other`; null where there is no such row.
 template <int kD, int kRows, bool kAnyAddress>
 __device__ __forceinline__ void fill_scattered_rows(uint32_t tile, int first, char const* mine,
                                                     char const* other, int d, bool aligned,
@@ -178,7 +179,7 @@ __device__ __forceinline__ void fill_scattered_rows(uint32_t tile, int first, ch
       [&](int) { return exists; });
 }
 
-// kRows rows of a tile to addresses of their own, as above; null: not written.
+// Stores kRows rows of a tile to addresses of their own, held as above; null: not stored.
 template <class Element, int kD, int kRows, bool kAnyAddress>
 __device__ __forceinline__ void store_rows(uint32_t tile, char* mine, int first, int d,
                                            bool aligned, int lane) {
