@@ -49,7 +49,7 @@ def check_pack(problem: Problem, label=""):
     """dq, dk and dv of flash_attn_varlen_func."""
     tensors, options = problem.packed(), problem.options()
     cu_q, cu_k = problem.cu_seqlens()
-    extents = (cu_q, cu_k, max(problem.lengths_q), max(problem.lengths_k))
+    extents = (cu_q, cu_k, max(problem.seqlens_q), max(problem.seqlens_k))
     dout = problem.upstream_gradient(tensors[0])
     with determinism.deterministic(problem.deterministic):
         ours = autograd(lambda *x: flash_attn_varlen_func(*x, *extents, **options), tensors, dout)

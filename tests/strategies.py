@@ -20,6 +20,7 @@ from device import BLOCK, DEVICE, DTYPES, FINEST, ON_GPU, SEGMENT
 from hypothesis import example
 from hypothesis import strategies as st
 
+from flash_attn import verification
 from flash_attn.reference import assert_accurate
 from flash_attn.testing import cumulative_lengths
 
@@ -40,34 +41,22 @@ HEAD_DIMS = st.one_of(st.sampled_from([32, 64, 96, 128, 192, 256]), st.integers(
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
-    """One call's shapes and options. `lengths_*` hold one entry per sequence of the batch."""
+class Problem(verification.Problem):
+    """A problem of the verification as hypothesis draws it: its tensors on the tests' device, in a
+    layout, and of one seed for all sequences."""
 
-    lengths_q: tuple[int, ...]
-    lengths_k: tuple[int, ...]
-    h_q: int
-    h_kv: int
-    d: int
-    dtype: torch.dtype
+    causal: bool = False
+    alibi: str | None = None  # None, "heads": slopes (h_q,), or "batch": slopes (b, h_q)
+    device: str = str(DEVICE)
     layout: str = "contiguous"
     amplitude: float = 1.0
-    causal: bool = False
-    window_size: tuple[int, int] = (-1, -1)
-    softcap: float = 0.0
-    alibi: str | None = None  # None, "heads": slopes (h_q,), or "batch": slopes (b, h_q)
-    softmax_scale: float | None = None
     deterministic: bool = False
-    seed: int = 0
-
-    @property
-    def b(self) -> int:
-        return len(self.lengths_q)
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments that the public functions and the reference have in common."""
         slopes = None
         if self.alibi is not None:
-            shape = (self.b, self.h_q) if self.alibi == "batch" else (self.h_q,)
+            shape = (self.batch, self.h_q) if self.alibi == "batch" else (self.h_q,)
             slopes = torch.rand(shape, generator=self._generator(3)) * 0.5 + 2.0**-8
             slopes = slopes.to(DEVICE)
         return {
@@ -80,25 +69,25 @@ class Problem:
 
     def dense(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q (b, s_q, h_q, d), k and v (b, s_k, h_kv, d) of a problem with equal lengths."""
-        assert len(set(self.lengths_q)) == len(set(self.lengths_k)) == 1
-        q_shape = (self.b, self.lengths_q[0], self.h_q, self.d)
-        k_shape = (self.b, self.lengths_k[0], self.h_kv, self.d)
+        assert len(set(self.seqlens_q)) == len(set(self.seqlens_k)) == 1
+        q_shape = (self.batch, self.seqlens_q[0], self.h_q, self.d)
+        k_shape = (self.batch, self.seqlens_k[0], self.h_kv, self.d)
         return self._tensor(q_shape, 0), self._tensor(k_shape, 1), self._tensor(k_shape, 2)
 
     def dense_queries(self) -> torch.Tensor:
         """q alone, (b, s_q, h_q, d), for calls whose keys lie in a ragged cache."""
-        assert len(set(self.lengths_q)) == 1
-        return self._tensor((self.b, self.lengths_q[0], self.h_q, self.d), 0)
+        assert len(set(self.seqlens_q)) == 1
+        return self._tensor((self.batch, self.seqlens_q[0], self.h_q, self.d), 0)
 
     def packed(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q (total_q, h_q, d), k and v (total_k, h_kv, d): the sequences one after the other."""
-        q_shape = (sum(self.lengths_q), self.h_q, self.d)
-        k_shape = (sum(self.lengths_k), self.h_kv, self.d)
+        q_shape = (sum(self.seqlens_q), self.h_q, self.d)
+        k_shape = (sum(self.seqlens_k), self.h_kv, self.d)
         return self._tensor(q_shape, 0), self._tensor(k_shape, 1), self._tensor(k_shape, 2)
 
     def cu_seqlens(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Where each sequence of the pack starts: cu_seqlens_q and cu_seqlens_k."""
-        lengths = (self.lengths_q, self.lengths_k)
+        lengths = (self.seqlens_q, self.seqlens_k)
         return tuple(cumulative_lengths(x, DEVICE) for x in lengths)
 
     def upstream_gradient(self, out: torch.Tensor) -> torch.Tensor:
@@ -214,26 +203,31 @@ def without_softcap(problems):
 # inside a segment, blind rows, slopes per batch entry, every layout.
 RICH_DENSE = (
     Problem(
-        *((200, 200), (600, 600), 6, 2, 40, FINEST, "gapped"),
+        *((200, 200), (600, 600), 6, 2, 40, FINEST),
+        layout="gapped",
         causal=True,
         window_size=(300, -1),
         softcap=1.5,
         alibi="batch",
         deterministic=True,
     ),
-    Problem((90,), (70,), 4, 2, 33, torch.float16, "heads_first", window_size=(5, 60), seed=1),
+    Problem(
+        (90,), (70,), 4, 2, 33, torch.float16, layout="heads_first", window_size=(5, 60), seed=1
+    ),
     Problem((3, 3), (1100, 1100), 8, 2, 128, torch.bfloat16, window_size=(-1, 0), alibi="heads"),
 )
 RICH_PACKS = (
     Problem(
-        *((70, 0, 3, 130), (600, 64, 0, 65), 6, 2, 40, FINEST, "gapped"),
+        *((70, 0, 3, 130), (600, 64, 0, 65), 6, 2, 40, FINEST),
+        layout="gapped",
         causal=True,
         window_size=(300, -1),
         softcap=1.5,
         alibi="batch",
     ),
     Problem(
-        *((5, 90), (1100, 70), 4, 2, 33, torch.float16, "heads_first"),
+        *((5, 90), (1100, 70), 4, 2, 33, torch.float16),
+        layout="heads_first",
         window_size=(5, 60),
         deterministic=True,
         seed=1,
@@ -275,8 +269,8 @@ def dense_problems(draw: st.DrawFn, budget: int = BUDGET, softcap: bool = True) 
     s_q = min(draw(LENGTHS), max(1, budget // (s_k * d)))
     b = draw(st.integers(1, max(1, min(3, budget // (s_q * s_k * d)))))
     return Problem(
-        lengths_q=(s_q,) * b,
-        lengths_k=(s_k,) * b,
+        seqlens_q=(s_q,) * b,
+        seqlens_k=(s_k,) * b,
         d=d,
         **draw(heads(max(1, budget // (b * s_q * s_k * d)))),
         **draw(options(s_k, softcap)),
@@ -296,8 +290,8 @@ def varlen_problems(draw: st.DrawFn, budget: int = BUDGET, softcap: bool = True)
         pairs.append((s_q, s_k))
     work = sum(s_q * s_k for s_q, s_k in pairs) * d
     return Problem(
-        lengths_q=tuple(s_q for s_q, _ in pairs),
-        lengths_k=tuple(s_k for _, s_k in pairs),
+        seqlens_q=tuple(s_q for s_q, _ in pairs),
+        seqlens_k=tuple(s_k for _, s_k in pairs),
         d=d,
         **draw(heads(max(1, budget // max(1, work)))),
         **draw(options(max(s_k for _, s_k in pairs), softcap)),

@@ -51,8 +51,8 @@ def test_varlen(problem: Problem):
             v,
             cu_q,
             cu_k,
-            max(problem.lengths_q),
-            max(problem.lengths_k),
+            max(problem.seqlens_q),
+            max(problem.seqlens_k),
             return_attn_probs=True,
             **problem.options(),
         )
@@ -70,9 +70,9 @@ def test_varlen_paged(problem: Problem, page: int):
     """The same over pages of any size, shuffled, with NaN in every row that is not in use."""
     q, k, v = problem.packed()
     cu_q, cu_k = problem.cu_seqlens()
-    table, num_pages = page_table(problem.lengths_k, page, seed=problem.seed, device=DEVICE)
+    table, num_pages = page_table(problem.seqlens_k, page, seed=problem.seed, device=DEVICE)
     k_pages, v_pages = (
-        paged_rows(x.split(problem.lengths_k), table, num_pages, page) for x in (k, v)
+        paged_rows(x.split(problem.seqlens_k), table, num_pages, page) for x in (k, v)
     )
     with determinism.deterministic(problem.deterministic):
         out, lse, _ = flash_attn_varlen_func(
@@ -81,8 +81,8 @@ def test_varlen_paged(problem: Problem, page: int):
             v_pages,
             cu_q,
             cu_k,
-            max(problem.lengths_q),
-            max(problem.lengths_k),
+            max(problem.seqlens_q),
+            max(problem.seqlens_k),
             return_attn_probs=True,
             block_table=table,
             **problem.options(),
@@ -97,7 +97,7 @@ def test_varlen_paged(problem: Problem, page: int):
 def test_seqused_k_and_leftpad_k(problem: Problem, padded: bool):
     """The low-level op: each sequence uses keys [leftpad_k, seqused_k) of its part of the pack."""
     draw = random.Random(problem.seed)
-    used = [draw.choice([length, draw.randint(0, length)]) for length in problem.lengths_k]
+    used = [draw.choice([length, draw.randint(0, length)]) for length in problem.seqlens_k]
     pads = [draw.randint(0, min(u, 70)) if padded else 0 for u in used]
     q, k, v = (
         torch.nn.functional.pad(x, (0, -x.shape[-1] % 8)).contiguous() for x in problem.packed()
@@ -122,8 +122,8 @@ def test_seqused_k_and_leftpad_k(problem: Problem, padded: bool):
             v,
             cu_q,
             cu_k,
-            max(problem.lengths_q),
-            max(problem.lengths_k),
+            max(problem.seqlens_q),
+            max(problem.seqlens_k),
             0.0,
             options["softmax_scale"],
             options["causal"],

@@ -242,7 +242,7 @@ def test_varlen_under_its_mask(problem: Problem, dropout_p: float):
     tensors, options = problem.packed(), problem.options()
     cu_q, cu_k = problem.cu_seqlens()
     leaves = [x.detach().requires_grad_() for x in tensors]
-    extents = (max(problem.lengths_q), max(problem.lengths_k))
+    extents = (max(problem.seqlens_q), max(problem.seqlens_k))
     torch.manual_seed(problem.seed)
     with determinism.deterministic(problem.deterministic):
         out, lse, s_dmask = flash_attn_varlen_func(
@@ -250,7 +250,7 @@ def test_varlen_under_its_mask(problem: Problem, dropout_p: float):
         )
     padded = tuple(-(-extent // 128) * 128 for extent in extents)
     if min(padded) > 0:
-        assert s_dmask.shape == (problem.b, problem.h_q, *padded)
+        assert s_dmask.shape == (problem.batch, problem.h_q, *padded)
         options |= {"dropout_p": dropout_p, "keep": s_dmask >= 0}
     assert_forward_accurate(
         (out, lse), attention_varlen, (*tensors, cu_q, cu_k), options, problem.dtype

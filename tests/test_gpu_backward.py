@@ -171,8 +171,8 @@ def test_dq_of_a_chunk(score, d):
 @scores
 def test_a_pack_has_the_gradients_of_its_sequences(score, d):
     """Packed beside strangers, in any order, or dense and alone; some have no rows at all."""
-    lengths_q, lengths_k = (300, 0, 1, 130, 64), (513, 70, 600, 0, 64)
-    problem = Problem(lengths_q, lengths_k, 4, 2, d, torch.bfloat16, **SCORES[score])
+    seqlens_q, seqlens_k = (300, 0, 1, 130, 64), (513, 70, 600, 0, 64)
+    problem = Problem(seqlens_q, seqlens_k, 4, 2, d, torch.bfloat16, **SCORES[score])
     (q, k, v), options = problem.packed(), problem.options()
     dout = problem.upstream_gradient(q)
     cu_q, cu_k = problem.cu_seqlens()
@@ -180,8 +180,8 @@ def test_a_pack_has_the_gradients_of_its_sequences(score, d):
         lambda *x: flash_attn_varlen_func(*x, cu_q, cu_k, 300, 600, **options), (q, k, v), dout
     )
     parts = zip(
-        *(x.split(lengths_q) for x in (q, dout, packed[0])),
-        *(x.split(lengths_k) for x in (k, v, *packed[1:])),
+        *(x.split(seqlens_q) for x in (q, dout, packed[0])),
+        *(x.split(seqlens_k) for x in (k, v, *packed[1:])),
         strict=True,
     )
     for n, (q_n, dout_n, dq, k_n, v_n, dk, dv) in enumerate(parts):

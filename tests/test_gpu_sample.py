@@ -29,7 +29,7 @@ def check_forward_of_a_batch(problem: Problem):
 
 def check_forward_of_a_pack(problem: Problem):
     arguments, options = (*problem.packed(), *problem.cu_seqlens()), problem.options()
-    longest = max(problem.lengths_q), max(problem.lengths_k)
+    longest = max(problem.seqlens_q), max(problem.seqlens_k)
     with determinism.deterministic(problem.deterministic):
         out, lse, _ = flash_attn_varlen_func(
             *arguments, *longest, return_attn_probs=True, **options

@@ -45,7 +45,7 @@ def int32(*values: int) -> torch.Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class CacheCall:
-    """One call. `problem.lengths_k` are the cache rows in use before it, left padding included."""
+    """One call. `problem.seqlens_k` are the cache rows in use before it, left padding included."""
 
     problem: Problem
     s_new: int = 0
@@ -61,7 +61,7 @@ class CacheCall:
     @property
     def capacity(self) -> int:
         """Rows that one sequence can hold: of the cache, or in the pages that its table names."""
-        rows = max(self.problem.lengths_k) + self.s_new + self.capacity_beyond
+        rows = max(self.problem.seqlens_k) + self.s_new + self.capacity_beyond
         return rows if self.page is None else max(1, -(-rows // self.page)) * self.page
 
     def normal(self, *shape: int, stream: int) -> torch.Tensor:
@@ -73,26 +73,26 @@ class CacheCall:
         """k and v to append, (b, s_new, h_kv, d)."""
         if not self.s_new:
             return None, None
-        shape = (self.problem.b, self.s_new, self.problem.h_kv, self.problem.d)
+        shape = (self.problem.batch, self.s_new, self.problem.h_kv, self.problem.d)
         return self.normal(*shape, stream=3), self.normal(*shape, stream=4)
 
     def cache_batch_idx(self) -> torch.Tensor | None:
         """Row 0 of the cache belongs to nobody, the sequences lie backwards from the end."""
-        return int32(*range(self.problem.b, 0, -1)) if self.shuffled else None
+        return int32(*range(self.problem.batch, 0, -1)) if self.shuffled else None
 
     def caches(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """k_cache, v_cache and the block table if there are pages."""
         p = self.problem
-        pads = self.leftpad or (0,) * p.b
+        pads = self.leftpad or (0,) * p.batch
         rows = []
         for stream in (1, 2):
-            packed = self.normal(sum(p.lengths_k), p.h_kv, p.d, stream=stream)
-            parts = [part.clone() for part in packed.split(p.lengths_k)]
+            packed = self.normal(sum(p.seqlens_k), p.h_kv, p.d, stream=stream)
+            parts = [part.clone() for part in packed.split(p.seqlens_k)]
             for part, pad in zip(parts, pads, strict=True):
                 part[:pad] = torch.nan
             rows.append(parts)
         if self.page is not None:
-            grown = [length + self.s_new for length in p.lengths_k]
+            grown = [length + self.s_new for length in p.seqlens_k]
             table, num_pages = page_table(grown, self.page, seed=p.seed, device=DEVICE)
             k_cache, v_cache = (paged_rows(x, table, num_pages, self.page) for x in rows)
             return laid_out(k_cache, p.layout), laid_out(v_cache, p.layout), table
@@ -106,14 +106,14 @@ class CacheCall:
         """(capacity + s_q, rotary_dim / 2) each, in q's dtype."""
         if not self.rotary_dim:
             return None, None
-        rows = self.capacity + self.problem.lengths_q[0]
+        rows = self.capacity + self.problem.seqlens_q[0]
         frequencies = 10000.0 ** -(torch.arange(self.rotary_dim // 2) / (self.rotary_dim // 2))
         angles = torch.arange(rows)[:, None] * frequencies
         cos, sin = (x.to(DEVICE, self.problem.dtype) for x in (angles.cos(), angles.sin()))
         return cos, sin
 
     def cache_seqlens(self) -> torch.Tensor | int | None:
-        lengths = self.problem.lengths_k
+        lengths = self.problem.seqlens_k
         if self.lengths_as == "tensor":
             return int32(*lengths)
         return lengths[0] if self.lengths_as == "int" else None
@@ -121,7 +121,7 @@ class CacheCall:
     def rotated(self, q: torch.Tensor, k_new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """q and k as they enter the scores, by the layer's own rotation."""
         cos, sin = self.cos_sin()
-        starts = int32(*self.problem.lengths_k)
+        starts = int32(*self.problem.seqlens_k)
         turn = {"interleaved": self.interleaved, "seqlen_offsets": starts}
         window = self.problem.window_size
         by_position = self.problem.causal or any(0 <= side < self.capacity for side in window)
@@ -146,7 +146,7 @@ def rows_of(cache, table, cache_batch_idx, b: int, length: int) -> tuple[torch.T
 def verify(call: CacheCall) -> None:
     """Run one call; hold caches to the byte, out and lse to the float64 reference."""
     p = call.problem
-    q = call.normal(p.b, p.lengths_q[0], p.h_q, p.d, stream=0)
+    q = call.normal(p.batch, p.seqlens_q[0], p.h_q, p.d, stream=0)
     k_new, v_new = call.new_rows()
     k_cache, v_cache, table = call.caches()
     cos, sin = call.cos_sin()
@@ -173,7 +173,7 @@ def verify(call: CacheCall) -> None:
     assert_bitwise_equal(q, q_before, "q is an input")
     seen_q, turned_k = call.rotated(q, k_new) if call.rotary_dim else (q, k_new)
     keys, values, lengths = [], [], []
-    for b, length in enumerate(p.lengths_k):
+    for b, length in enumerate(p.seqlens_k):
         rows = rows_of(k_cache, table, index, b, length + call.s_new)
         if call.s_new:
             new = tuple(x[length:] for x in rows)
@@ -184,8 +184,8 @@ def verify(call: CacheCall) -> None:
         lengths.append(len(keys[-1]))
     assert_bitwise_equal(k_cache, expected_k, "k_cache")
     assert_bitwise_equal(v_cache, expected_v, "v_cache")
-    cu_q, cu_k = (cumulative_lengths(x, DEVICE) for x in (p.lengths_q, lengths))
-    assert out.shape == q.shape and lse.shape == (p.b, p.h_q, p.lengths_q[0])
+    cu_q, cu_k = (cumulative_lengths(x, DEVICE) for x in (p.seqlens_q, lengths))
+    assert out.shape == q.shape and lse.shape == (p.batch, p.h_q, p.seqlens_q[0])
     assert_forward_accurate(
         (out.flatten(0, 1), lse.transpose(0, 1).flatten(1)),
         attention_varlen,
@@ -214,8 +214,8 @@ def cache_calls(draw: st.DrawFn) -> CacheCall:
     rotary_dims = [n for n in (16, 32, 64, 128) if n <= d] if s_new else []
     return CacheCall(
         problem=Problem(
-            lengths_q=(min(s_q, capacity),) * len(lengths),
-            lengths_k=tuple(lengths),
+            seqlens_q=(min(s_q, capacity),) * len(lengths),
+            seqlens_k=tuple(lengths),
             d=d,
             **draw(heads(max(1, BUDGET // (len(lengths) * s_q * capacity * d)))),
             **draw(options(capacity)),
@@ -237,7 +237,8 @@ def cache_calls(draw: st.DrawFn) -> CacheCall:
 @example(
     CacheCall(
         Problem(
-            *((9, 9, 9), (530, 0, 64), 6, 2, 40, torch.bfloat16, "gapped"),
+            *((9, 9, 9), (530, 0, 64), 6, 2, 40, torch.bfloat16),
+            layout="gapped",
             causal=True,
             window_size=(200, -1),
             alibi="batch",
@@ -296,7 +297,7 @@ def test_rotation_is_interleaved_by_default():
 @pytest.mark.parametrize("page", [None, page_size(1), 48])
 def test_append_length_differs_from_queries(s_q, s_new, page):
     """s_new and s_q are independent; the mask is aligned to the cache's end after the append."""
-    problem = dataclasses.replace(RAGGED, lengths_q=(s_q, s_q), causal=True)
+    problem = dataclasses.replace(RAGGED, seqlens_q=(s_q, s_q), causal=True)
     verify(CacheCall(problem, s_new=s_new, page=page))
 
 
@@ -309,7 +310,7 @@ def test_head_dims_that_need_padding(d, page):
 
 def test_no_lengths_means_the_full_capacity():
     """cache_seqlens=None attends to every row, also of a paged cache (max_blocks * page rows)."""
-    problem = dataclasses.replace(RAGGED, lengths_k=(96, 96))
+    problem = dataclasses.replace(RAGGED, seqlens_k=(96, 96))
     verify(CacheCall(problem, lengths_as="none"))
     verify(CacheCall(problem, lengths_as="none", page=32))
     verify(CacheCall(problem, lengths_as="none", shuffled=True, leftpad=(0, 17)))
@@ -318,7 +319,7 @@ def test_no_lengths_means_the_full_capacity():
 @pytest.mark.parametrize("where", ["cache", "shuffled", "paged"])
 def test_one_length_for_all(where):
     """An int counts for each of q's sequences, however many rows or pages the cache has."""
-    problem = dataclasses.replace(RAGGED, lengths_k=(77, 77))
+    problem = dataclasses.replace(RAGGED, seqlens_k=(77, 77))
     page = 16 if where == "paged" else None
     verify(CacheCall(problem, 3, 30, page, shuffled=where == "shuffled", lengths_as="int"))
 
@@ -347,7 +348,7 @@ def test_everything_is_padding():
 
 def test_empty_cache():
     """Nothing in the cache and nothing appended: zero and +inf; with an append, only that."""
-    problem = dataclasses.replace(RAGGED, lengths_k=(0, 0))
+    problem = dataclasses.replace(RAGGED, seqlens_k=(0, 0))
     verify(CacheCall(problem, capacity_beyond=20))
     verify(CacheCall(problem, s_new=7, rotary_dim=16))
 
@@ -356,7 +357,7 @@ def test_empty_cache():
 def test_num_splits_is_accurate_at_any_count(deterministic):
     """0 to 128 splits over 4 segments of keys: every fold is within the bound."""
     lengths = (3 * SEGMENT + 70, 40)
-    problem = dataclasses.replace(RAGGED, lengths_k=lengths, deterministic=deterministic)
+    problem = dataclasses.replace(RAGGED, seqlens_k=lengths, deterministic=deterministic)
     for num_splits in (0, 1, 2, 3, 7, 64, 128):
         verify(CacheCall(problem, s_new=7, num_splits=num_splits))
 
@@ -388,7 +389,7 @@ def test_decoding_token_by_token_is_the_prefill(page):
     """140 appends of one row, from an empty cache: each output has the causal prefill's bytes."""
     problem = Problem((140,), (140,), h_q=4, h_kv=2, d=32, dtype=torch.float16, causal=True)
     q, k, v = problem.dense()
-    blank = CacheCall(dataclasses.replace(problem, lengths_k=(0,)), s_new=140, page=page)
+    blank = CacheCall(dataclasses.replace(problem, seqlens_k=(0,)), s_new=140, page=page)
     k_cache, v_cache, table = blank.caches()
     with determinism.deterministic():
         prefill = flash_attn_func(q, k, v, causal=True)

@@ -73,7 +73,7 @@ def test_reduction_of_a_pack(problem):
     """The same for packs; out (n, total_q, h_q, d), max_log2 and sum (n, h_q, total_q)."""
     q, k, v = problem.packed()
     cu_q, cu_k = problem.cu_seqlens()
-    extents = (cu_q, cu_k, max(problem.lengths_q), max(problem.lengths_k))
+    extents = (cu_q, cu_k, max(problem.seqlens_q), max(problem.seqlens_k))
     fused = flash_attn_varlen_func(q, k, v, *extents, return_attn_probs=True, **problem.options())
     partials = forward_partials(
         q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=extents[2],

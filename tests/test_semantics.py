@@ -109,12 +109,12 @@ def test_window_types():
 
 def test_lengths_are_each_sequences_own():
     """In a pack, every diagonal ends at its own sequence's last key, not at max_seqlen_k."""
-    lengths_q, lengths_k = (4, 9, 1), (9, 4, 30)
+    seqlens_q, seqlens_k = (4, 9, 1), (9, 4, 30)
     q, k = zeros(14, 1, 32), zeros(43, 1, 32)
-    v = torch.cat([torch.eye(32, **ON_DEVICE)[:length] for length in lengths_k])[:, None]
-    cu_q, cu_k = cu_seqlens(lengths_q, lengths_k)
+    v = torch.cat([torch.eye(32, **ON_DEVICE)[:length] for length in seqlens_k])[:, None]
+    cu_q, cu_k = cu_seqlens(seqlens_q, seqlens_k)
     out = flash_attn_varlen_func(q, k, v, cu_q, cu_k, 9, 30, causal=True).cpu()
-    for rows, s_q, s_k in zip(out.split(lengths_q), lengths_q, lengths_k, strict=True):
+    for rows, s_q, s_k in zip(out.split(seqlens_q), seqlens_q, seqlens_k, strict=True):
         assert torch.equal(rows[:, 0, :s_k] > 0, visible_keys(s_q, s_k, causal=True))
         assert torch.count_nonzero(rows[:, 0, s_k:]) == 0
 
@@ -242,10 +242,10 @@ def test_empty_batch_is_refused():
 
 def test_empty_sequences_in_a_pack():
     """No keys: zero and +inf for those rows alone. No queries: their keys get zero gradients."""
-    lengths_q, lengths_k = (3, 2, 0, 4), (70, 0, 6, 5)
-    problem = Problem(lengths_q, lengths_k, 2, 1, 16, FINEST)
+    seqlens_q, seqlens_k = (3, 2, 0, 4), (70, 0, 6, 5)
+    problem = Problem(seqlens_q, seqlens_k, 2, 1, 16, FINEST)
     q, k, v = (x.requires_grad_() for x in problem.packed())
-    cu_q, cu_k = cu_seqlens(lengths_q, lengths_k)
+    cu_q, cu_k = cu_seqlens(seqlens_q, seqlens_k)
     out, lse, _ = flash_attn_varlen_func(q, k, v, cu_q, cu_k, 4, 70, return_attn_probs=True)
     assert torch.count_nonzero(out[3:5]) == 0 and lse[:, 3:5].isposinf().all()
     assert lse[:, [0, 1, 2, 5, 6, 7, 8]].isfinite().all()

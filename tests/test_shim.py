@@ -59,8 +59,8 @@ def int32(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
 
-def offsets_of(lengths_q: list[int], lengths_k: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    return cumulative_lengths(lengths_q, DEVICE), cumulative_lengths(lengths_k, DEVICE)
+def offsets_of(seqlens_q: list[int], seqlens_k: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    return cumulative_lengths(seqlens_q, DEVICE), cumulative_lengths(seqlens_k, DEVICE)
 
 
 def inputs(pack: bool, dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
@@ -183,8 +183,8 @@ def test_varlen_forward_uses_the_keys_that_seqused_and_leftpad_leave():
     rows = torch.cat([torch.arange(s + p, s + u) for s, u, p in zip(starts, used, pad)])  # noqa: B905
     kept = [u - p for u, p in zip(used, pad, strict=True)]
 
-    def run(k, v, lengths_k, seqused_k, leftpad_k):
-        offsets = offsets_of(LENGTHS_Q, lengths_k)
+    def run(k, v, seqlens_k, seqused_k, leftpad_k):
+        offsets = offsets_of(LENGTHS_Q, seqlens_k)
         return shim.varlen_fwd(
             *(q, k, v, None, *offsets, seqused_k, leftpad_k, None, None),
             *(max(LENGTHS_Q), max(LENGTHS_K), 0.0, SCALE, False, True, -1, -1, 0.0, False, None),
