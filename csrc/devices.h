@@ -1,7 +1,6 @@
 // A call on the device of its tensors: which kernels, on which stream, with which scratch memory.
 #pragma once
 
-#include <string>
 #include <utility>
 
 #include "csrc/descriptors.h"

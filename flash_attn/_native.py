@@ -74,6 +74,18 @@ def _rows(table: Tensor | None) -> Tensor | None:
     return None if table is None else contiguous_columns(table)
 
 
+def _indices(packing: Packing) -> tuple[Tensor | None, ...]:
+    """The index tensors of a forward call, in the order of the native ops."""
+    return (
+        _entries(packing.cu_seqlens_q),
+        _entries(packing.cu_seqlens_k),
+        _entries(packing.seqused_k),
+        _entries(packing.leftpad_k),
+        _entries(packing.cache_batch_idx),
+        _rows(packing.block_table),
+    )
+
+
 def lse_shape(q: Tensor, packing: Packing) -> tuple[int, ...]:
     """(b, h_q, s_q), or (h_q, t) of a packed batch."""
     if packing.cu_seqlens_q is None:
@@ -190,12 +202,7 @@ def _call_forward(
         contiguous_columns(inputs.k),
         contiguous_columns(inputs.v),
         *results,
-        _entries(packing.cu_seqlens_q),
-        _entries(packing.cu_seqlens_k),
-        _entries(packing.seqused_k),
-        _entries(packing.leftpad_k),
-        _entries(packing.cache_batch_idx),
-        _rows(packing.block_table),
+        *_indices(packing),
         scoring.alibi_slopes,
         *randomness,
         s_q,
@@ -316,12 +323,7 @@ def plan(
         contiguous_columns(inputs.k),
         contiguous_columns(inputs.v),
         torch.empty(lse_shape(q, packing), dtype=torch.float32, device="meta"),
-        _entries(packing.cu_seqlens_q),
-        _entries(packing.cu_seqlens_k),
-        _entries(packing.seqused_k),
-        _entries(packing.leftpad_k),
-        _entries(packing.cache_batch_idx),
-        _rows(packing.block_table),
+        *_indices(packing),
         scoring.alibi_slopes,
         *packing.lengths(q, inputs.k),
         scoring.softmax_scale,

@@ -8,11 +8,11 @@
 #include <string>
 
 #include "csrc/gpu/errors.cuh"
+#include "csrc/gpu/multiprocessors.h"
 
 namespace fa::gpu {
 namespace {
 
-constexpr int kMaxDevices = 128;
 std::array<std::atomic<uint64_t*>, kMaxDevices> words{};
 
 // Pinned, so that kernels of every device reach it; also while a graph is captured, which an

@@ -9,6 +9,11 @@
 
 namespace fa::gpu {
 
+// Softcap, ALiBi, a scale that is not positive, dropout, or rows that are not aligned.
+inline bool has_features(ScoreScale const& scale, bool aligned) {
+  return scale.shaped || scale.drops || !aligned;
+}
+
 // Whether all rows can be copied sixteen bytes at a time.
 inline bool rows_are_aligned(LayoutParams const& layout,
                              std::initializer_list<RowTensor const*> tensors) {
@@ -29,20 +34,11 @@ inline bool rows_are_aligned(BackwardParams const& call) {
                                         &call.dk, &call.dv});
 }
 
-// Softcap, ALiBi, a scale that is not positive, dropout, or rows that are not aligned.
+// What a call is to those who choose its kernels.
 template <class Params>
-bool has_features(Params const& call) {
-  ScoreScale const scale = ScoreScale::of(call.score);
-  return scale.shaped || scale.drops || !rows_are_aligned(call);
-}
-
-inline CallKind kind_of(ForwardParams const& call, int capability) {
-  return {capability,           call.dtype, call.layout.d, call.layout.d_v, has_features(call),
-          /*is_backward=*/false};
-}
-inline CallKind kind_of(BackwardParams const& call, int capability) {
-  return {capability,          call.dtype, call.layout.d, call.layout.d_v, has_features(call),
-          /*is_backward=*/true};
+CallKind kind_of(Params const& call, int capability) {
+  return {capability, call.dtype, call.layout.d, call.layout.d_v,
+          has_features(ScoreScale::of(call.score), rows_are_aligned(call))};
 }
 
 }  // namespace fa::gpu

@@ -1,6 +1,4 @@
 // The kernels of a forward pass in their order on a stream.
-#include <algorithm>
-
 #include "csrc/gpu/errors.cuh"
 #include "csrc/gpu/features.h"
 #include "csrc/gpu/forward_launch.h"
@@ -13,7 +11,9 @@ namespace {
 
 constexpr int kThreads = 128, kUncoveredParts = 32;
 
-// The list of a pack's work, [slots, h_kv]: late slots first. A thread has an entry.
+// The list of a pack's work, [slots, h_kv].
+//   Grid    a thread for each entry.
+//   Order   late slots first; which thread block takes a tile cannot reach a bit.
 __global__ __launch_bounds__(kThreads) void list_work_kernel(PackTiles const pack, int64_t slots,
                                                              int h_kv, WorkItem* list) {
   int64_t const work = int64_t{blockIdx.x} * kThreads + threadIdx.x;
@@ -21,7 +21,9 @@ __global__ __launch_bounds__(kThreads) void list_work_kernel(PackTiles const pac
     list[work] = pack.at(slots - 1 - work / h_kv, static_cast<int>(work % h_kv), h_kv);
 }
 
-// What no tile writes, for a call without a tile or with a list. [kUncoveredParts, h_kv] blocks.
+// What no tile writes, for a call without a tile or with a list.
+//   Grid    kUncoveredParts thread blocks for each key head.
+//   Order   none: zeros and infinities are stored.
 __global__ __launch_bounds__(kThreads) void uncovered_rows_kernel(
     __grid_constant__ ForwardLaunch const launch) {
   int const h_kv = static_cast<int>(launch.call.layout.h_kv), block = static_cast<int>(blockIdx.x);
@@ -54,7 +56,8 @@ PartialBuffers partials_in(float* scratch, ForwardPlan const& plan, LayoutParams
 void run_forward(ForwardParams const& call, ForwardPlan const& plan, void* scratch, void* stream,
                  void (*kernel)(ForwardLaunch const&, void* stream)) {
   auto const on = static_cast<cudaStream_t>(stream);
-  float* const list = plan.scratch().floats_in(scratch);
+  Scratch const need = plan.scratch();
+  float* const list = need.floats_in(scratch);
   float* const of_segments = list + plan.list_floats;
   ForwardLaunch launch{.call = call,
                        .scale = ScoreScale::of(call.score),
@@ -79,8 +82,8 @@ void run_forward(ForwardParams const& call, ForwardPlan const& plan, void* scrat
   } else if (plan.closed == Closed::kFolded) {
     launch.folds = reinterpret_cast<float4*>(of_segments);
   }
-  launch.next_work = plan.scratch().counters_in(scratch);
-  zero_counters(plan.scratch(), scratch, stream);
+  launch.next_work = need.counters_in(scratch);
+  zero_counters(need, scratch, stream);
   kernel(launch, stream);
   if (plan.closed == Closed::kFoldedLater) launch_fold(launch, on);
 }

@@ -17,7 +17,6 @@ struct CallKind {
   DType dtype;
   int64_t d, d_v;
   bool has_features;  // softcap, ALiBi, dropout, a scale that is not positive, unaligned rows
-  bool is_backward;
 };
 
 struct KernelSet {

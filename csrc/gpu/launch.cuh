@@ -5,6 +5,7 @@
 #include <atomic>
 
 #include "csrc/gpu/errors.cuh"
+#include "csrc/gpu/multiprocessors.h"
 #include "csrc/gpu/scratch.h"
 
 namespace fa::gpu {
@@ -13,15 +14,15 @@ namespace fa::gpu {
 // only when it has not been asked for as much before.
 template <auto kKernel>
 void allow_shared_bytes(int bytes) {
-  constexpr int kAlwaysAllowed = 48 * 1024, kMaxDevices = 128;
+  constexpr int kAlwaysAllowed = 48 * 1024;
   static std::array<std::atomic<int>, kMaxDevices> allowed{};
   if (bytes <= kAlwaysAllowed) return;
   int device = 0;
   check(cudaGetDevice(&device));
-  std::atomic<int>& here = allowed[static_cast<size_t>(device % kMaxDevices)];
-  if (device < kMaxDevices && here.load(std::memory_order_relaxed) >= bytes) return;
+  std::atomic<int>& here = allowed.at(static_cast<size_t>(device));
+  if (here.load(std::memory_order_relaxed) >= bytes) return;
   check(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-  if (device < kMaxDevices) here.store(bytes, std::memory_order_relaxed);
+  here.store(bytes, std::memory_order_relaxed);
 }
 
 template <auto kKernel, class Launch>

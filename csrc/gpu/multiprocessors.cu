@@ -13,8 +13,6 @@
 namespace fa::gpu {
 namespace {
 
-constexpr int kMaxDevices = 128;
-
 constexpr int64_t kLeastSharedKb = 99;  // what every GPU from Ampere on has for a thread block
 
 // The shared memory that FLASH_ATTN_GPU_SHARED_KB leaves a thread block, in KiB; 0: all there is.
@@ -43,8 +41,7 @@ Multiprocessors ask_driver(int device) {
   found.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   found.max_shared_bytes_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   if (int64_t const allowed = allowed_shared_kb() * 1024) {
-    constexpr int64_t kReserved = 1024;  // of the system, for each thread block
-    found.shared_bytes = std::min(found.shared_bytes, allowed + kReserved);
+    found.shared_bytes = std::min(found.shared_bytes, allowed + kReservedBytes);
     found.max_shared_bytes_per_block = std::min(found.max_shared_bytes_per_block, allowed);
   }
   return found;

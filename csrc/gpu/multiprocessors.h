@@ -5,6 +5,9 @@
 
 namespace fa::gpu {
 
+constexpr int kMaxDevices = 128;      // GPUs that a process can name
+constexpr int kReservedBytes = 1024;  // of shared memory, by the system, for each thread block
+
 struct Multiprocessors {
   int capability = 0;  // 10 major + minor
   int64_t count = 0;

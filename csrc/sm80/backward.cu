@@ -27,8 +27,9 @@ void run(BackwardLaunch const& launch, void* stream) {
   }
 }
 
-Launch kernels_of(BackwardParams const& call) {
-  bool const features = has_features(call);
+Launch kernels_of(BackwardLaunch const& launch) {
+  BackwardParams const& call = launch.call;
+  bool const features = has_features(launch.scale, launch.aligned);
   return select_types(call.dtype, call.layout.d, [&]<class Element, int kD>() -> Launch {
     return features ? run<Element, kD, true> : run<Element, kD, false>;
   });
@@ -63,7 +64,7 @@ void backward(BackwardParams const& call, Multiprocessors const& multiprocessors
                    sum_blocks(call.layout)};
   }
   launch_delta(launch, stream);
-  kernels_of(call)(launch, stream);
+  kernels_of(launch)(launch, stream);
 }
 
 }  // namespace fa::gpu::sm80

@@ -32,8 +32,10 @@ Launch decode_at(Occupancy occupancy) {
   }
 }
 
-Launch kernel_of(ForwardParams const& call, ForwardPlan const& plan) {
-  bool const features = has_features(call);
+Launch kernel_of(ForwardLaunch const& launch) {
+  ForwardParams const& call = launch.call;
+  ForwardPlan const& plan = launch.plan;
+  bool const features = has_features(launch.scale, launch.aligned);
   return select_types(call.dtype, call.layout.d, [&]<class Element, int kD>() -> Launch {
     if (plan.is_decode)
       return features ? decode_at<Element, kD, true>(plan.occupancy)
@@ -42,6 +44,8 @@ Launch kernel_of(ForwardParams const& call, ForwardPlan const& plan) {
                     : launch_forward<Prefill<Element, kD, false>>;
   });
 }
+
+void run_kernel(ForwardLaunch const& launch, void* stream) { kernel_of(launch)(launch, stream); }
 
 // Whether no piece has many more keys than others: segments grow with the position.
 bool pieces_are_even(ForwardPlan const& plan) {
@@ -98,7 +102,7 @@ ForwardPlan plan_forward(ForwardParams const& call, Multiprocessors const& multi
 }
 
 void forward(ForwardParams const& call, ForwardPlan const& plan, void* scratch, void* stream) {
-  run_forward(call, plan, scratch, stream, kernel_of(call, plan));
+  run_forward(call, plan, scratch, stream, run_kernel);
 }
 
 }  // namespace fa::gpu::sm80

@@ -60,9 +60,6 @@ constexpr int prefill_shared_bytes(int d) {
   return prefill_tile_bytes(d) + tile_rows(d, false) * 32 + 256;
 }
 
-// Of the system, for each thread block.
-constexpr int kReservedBytes = 1024;
-
 // The fold of a prefill's tile, in vectors of four floats a thread.
 constexpr int fold_vectors(int d) { return tile_rows(d, false) * d / 4 / kThreadsPerBlock; }
 // How many of them find room in shared memory when a multiprocessor has `bytes` for its blocks.
